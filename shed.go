@@ -1,0 +1,195 @@
+// Package shed holds the nouns of the project, the contracts of the services
+// that work on them, and the error codes that all of them share.
+//
+// It imports the standard library only; every other package may import it.
+package shed
+
+import (
+	"context"
+	"io"
+	"net"
+	"regexp"
+	"time"
+)
+
+// Status says what a shed is doing, as seen when it was asked.
+type Status string
+
+const (
+	StatusCreating Status = "creating"
+	StatusStarting Status = "starting"
+	StatusRunning  Status = "running"
+	StatusStopping Status = "stopping"
+	StatusStopped  Status = "stopped"
+	StatusDeleting Status = "deleting"
+	// StatusDamaged is a shed whose record can't be read. Its files are
+	// left alone; only a delete removes them.
+	StatusDamaged Status = "damaged"
+)
+
+// Shed is one persistent VM with its own writable disk.
+type Shed struct {
+	Name    string `json:"name"`
+	Backend string `json:"backend"`
+	Status  Status `json:"status"`
+	// Reason says why a shed is stopped or damaged where nobody asked for it.
+	Reason      string    `json:"reason,omitempty"`
+	Image       string    `json:"image"`        // as the user named it
+	ImageDigest string    `json:"image_digest"` // of the manifest: sha256:...
+	Kernel      string    `json:"kernel"`       // kernel bundle
+	CPUs        int       `json:"cpus"`
+	MemoryMB    int       `json:"memory_mb"`
+	UpperSize   int64     `json:"upper_size"` // bytes, logical
+	DiskUsed    int64     `json:"disk_used"`  // bytes, really allocated
+	Repo        string    `json:"repo,omitempty"`
+	Workspace   string    `json:"workspace"` // landing directory in the guest
+	CreatedAt   time.Time `json:"created_at"`
+	StartedAt   time.Time `json:"started_at,omitzero"`
+}
+
+var nameRE = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// ValidateName returns an Error with CodeInvalid unless name can name a shed.
+func ValidateName(name string) error {
+	if nameRE.MatchString(name) {
+		return nil
+	}
+	return Errorf(CodeInvalid, "%q can't be the name of a shed", name).
+		WithHint("use 1 to 63 characters: a-z, 0-9 and '-', with no '-' at either end")
+}
+
+// Limits of what a shed may ask for. Sizes are in bytes, memory in MiB.
+const (
+	MinMemoryMB      = 256
+	MinUpperSize     = 1 << 30
+	MaxUpperSize     = 1 << 40
+	DefaultUpperSize = 20 << 30
+)
+
+// CreateOptions describes the shed to create. Zero values mean the server's defaults.
+type CreateOptions struct {
+	Name        string `json:"name"`
+	Image       string `json:"image,omitempty"`
+	Backend     string `json:"backend,omitempty"`
+	CPUs        int    `json:"cpus,omitempty"`
+	MemoryMB    int    `json:"memory_mb,omitempty"`
+	UpperSize   int64  `json:"upper_size,omitempty"` // bytes
+	Repo        string `json:"repo,omitempty"`
+	NoProvision bool   `json:"no_provision,omitempty"`
+}
+
+// Event reports how a long operation gets on. A phase begins with an event
+// that has Phase set and ends with one that has Done set. Current and Total
+// count Unit within the phase; Total is 0 where it isn't known.
+type Event struct {
+	Phase   string        `json:"phase"`
+	Message string        `json:"message,omitempty"`
+	Current int64         `json:"current,omitempty"`
+	Total   int64         `json:"total,omitempty"`
+	Unit    string        `json:"unit,omitempty"` // "bytes" or a countable noun
+	Done    bool          `json:"done,omitempty"`
+	Elapsed time.Duration `json:"elapsed_ns,omitempty"` // of the phase; with Done
+}
+
+// Progress receives events. It must not block for long, and may be nil:
+// call it through Report.
+type Progress func(Event)
+
+// Report hands e to p unless p is nil.
+func (p Progress) Report(e Event) {
+	if p != nil {
+		p(e)
+	}
+}
+
+// Phase reports that phase begins and returns the function that reports its end.
+func (p Progress) Phase(phase, message string) (done func()) {
+	start := time.Now()
+	p.Report(Event{Phase: phase, Message: message})
+	return func() { p.Report(Event{Phase: phase, Done: true, Elapsed: time.Since(start)}) }
+}
+
+// Size is the size of a terminal in cells.
+type Size struct {
+	Rows uint16 `json:"rows"`
+	Cols uint16 `json:"cols"`
+}
+
+// TTY asks for a pseudo-terminal.
+type TTY struct {
+	Term string `json:"term"`
+	Size
+}
+
+// Command is what to run in a shed. Exactly one of Args, Script and Login
+// says what: Args is run literally, Script by the user's login shell with -c,
+// Login starts an interactive login shell.
+type Command struct {
+	Args   []string `json:"args,omitempty"`
+	Script string   `json:"script,omitempty"`
+	Login  bool     `json:"login,omitempty"`
+
+	Env  []string `json:"env,omitempty"`  // K=V, added to the login environment
+	Dir  string   `json:"dir,omitempty"`  // default: the shed's workspace
+	User string   `json:"user,omitempty"` // name or UID; default: shed, or root where there is no shed
+	TTY  *TTY     `json:"tty,omitempty"`
+}
+
+// ExitStatus is how a command in a shed ended.
+type ExitStatus struct {
+	Code   int    `json:"code"`             // 128+signal where a signal ended it
+	Signal string `json:"signal,omitempty"` // "TERM", without SIG
+	Error  string `json:"error,omitempty"`  // why it was never started; Code is then 127 or 126
+}
+
+// Process is a command that runs in a shed.
+//
+// Stdout and Stderr share one flow-controlled stream: both must be read until
+// EOF. With a TTY, Stderr is empty. Close lets go of the command, which ends it if it
+// still runs. All methods may be called concurrently.
+type Process interface {
+	Stdin() io.WriteCloser
+	Stdout() io.Reader
+	Stderr() io.Reader
+	Resize(Size) error
+	Signal(name string) error // "INT", "TERM", ...
+	Wait() (ExitStatus, error)
+	Close() error
+}
+
+// Sheds is what a server does with sheds. The engine implements it, and so
+// does the HTTP client: callers can't tell them apart.
+//
+// Every method that takes a name returns CodeInvalid for one that can't be a
+// name and CodeNotFound for one that no shed has.
+type Sheds interface {
+	// Create makes and starts a shed. Either all of it happened or, on error, none of
+	// it. CodeExists if the name is taken, CodeNoImage if the image isn't here.
+	Create(ctx context.Context, opts CreateOptions, p Progress) (*Shed, error)
+
+	// List returns all sheds, sorted by name.
+	List(ctx context.Context) ([]*Shed, error)
+
+	Get(ctx context.Context, name string) (*Shed, error)
+
+	// Start boots a stopped shed; starting a running one changes nothing.
+	Start(ctx context.Context, name string, p Progress) (*Shed, error)
+
+	// Stop shuts a shed down cleanly; stopping a stopped one changes nothing.
+	Stop(ctx context.Context, name string, p Progress) (*Shed, error)
+
+	// Reset gives a stopped shed a new, empty upper. CodeConflict if it runs.
+	Reset(ctx context.Context, name string) (*Shed, error)
+
+	// Delete removes a shed and all that it wrote. A running one is stopped first.
+	Delete(ctx context.Context, name string, p Progress) error
+
+	// Logs returns the shed's console and provisioning output, and with
+	// follow goes on until ctx is done or the shed is deleted.
+	Logs(ctx context.Context, name string, follow bool) (io.ReadCloser, error)
+
+	// Exec runs cmd in a shed, starting the shed if it is stopped. The returned
+	// connection speaks the exec protocol of internal/agent; NewProcess there
+	// makes a Process of it. Closing it ends the command.
+	Exec(ctx context.Context, name string, cmd Command) (net.Conn, error)
+}
