@@ -1,0 +1,229 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/api"
+	"github.com/charliek/shed/internal/engine"
+	"github.com/charliek/shed/internal/image"
+	"github.com/charliek/shed/internal/keeper"
+	"github.com/charliek/shed/internal/kernel"
+	"github.com/charliek/shed/internal/rootfs"
+	"github.com/charliek/shed/internal/sshd"
+	"github.com/charliek/shed/internal/state"
+	"github.com/charliek/shed/internal/vm"
+	"github.com/charliek/shed/internal/vm/qemu"
+)
+
+// A machine under emulation shares its processors with everything else on the host.
+const (
+	bootTimeoutKVM = 30 * time.Second
+	bootTimeoutTCG = 90 * time.Second
+)
+
+// serve runs the server until ctx is done. Sheds run on.
+func serve(ctx context.Context, cfg config) (err error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	// Listening comes first: whoever connects early waits for an answer.
+	listeners, err := listen(cfg)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		for _, l := range listeners {
+			l.Close()
+		}
+	}()
+	dir, err := state.Open(cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	e, info, err := newEngine(ctx, cfg, dir, log)
+	if err != nil {
+		return err
+	}
+	defer e.Close()
+	hostKey, err := sshd.LoadOrCreateHostKey(dir.Path("ssh_host_ed25519_key"))
+	if err != nil {
+		return err
+	}
+	keys := sshd.AuthorizedKeys{Lines: cfg.Auth.AuthorizedKeys, Files: []string{expandHome("~/.ssh/authorized_keys")}}
+	if cfg.Auth.AuthorizedKeysFile != "" {
+		keys.Files = append(keys.Files, cfg.Auth.AuthorizedKeysFile)
+	}
+	sshServer := sshd.New(sshd.Config{Sheds: e, HostKey: hostKey, AuthorizedKeys: keys, Log: log})
+	handler := api.NewServer(e, e, func() shed.Info { return info }, log)
+	if cfg.AllowInsecure {
+		log.Warn("the HTTP API is open to everybody who reaches this address", "address", listeners[1].Addr())
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return api.Serve(ctx, listeners[0], handler, log) })
+	g.Go(func() error { return api.Serve(ctx, listeners[1], handler, log) })
+	g.Go(func() error { return sshServer.Serve(ctx, listeners[2]) })
+	log.Info("serving", "socket", cfg.Socket, "http", listeners[1].Addr(), "ssh", listeners[2].Addr(),
+		"state", cfg.StateDir, "backend", info.Backend, "accel", info.Accel)
+	if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	log.Info("ended; sheds run on")
+	return nil
+}
+
+// listen opens the Unix socket and the HTTP and SSH ports, in this order.
+func listen(cfg config) (listeners []net.Listener, err error) {
+	defer func() {
+		if err != nil {
+			for _, l := range listeners {
+				l.Close()
+			}
+		}
+	}()
+	l, err := listenUnix(cfg.Socket)
+	if err != nil {
+		return nil, err
+	}
+	listeners = append(listeners, l)
+	for _, p := range []struct {
+		key  string
+		port int
+	}{{"http_port", cfg.HTTPPort}, {"ssh_port", cfg.SSHPort}} {
+		addr := net.JoinHostPort(cfg.BindAddress, fmt.Sprint(p.port))
+		l, err := net.Listen("tcp", addr)
+		if errors.Is(err, unix.EADDRINUSE) {
+			return listeners, shed.Errorf(shed.CodeConflict, "%s: something else listens on %s", p.key, addr).
+				WithHint("`ss -ltnp` shows what; stop it, or set %s to another port", p.key)
+		}
+		if err != nil {
+			return listeners, fmt.Errorf("%s: %w", p.key, err)
+		}
+		listeners = append(listeners, l)
+	}
+	return listeners, nil
+}
+
+// listenUnix listens on a socket that only this user can connect to, and replaces one
+// that a server left behind.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	if conn, err := net.Dial("unix", path); err == nil {
+		conn.Close()
+		return nil, shed.Errorf(shed.CodeConflict, "another shed-server listens on %s", path).
+			WithHint("stop it first, or set socket to another path")
+	} else if errors.Is(err, unix.ECONNREFUSED) {
+		os.Remove(path)
+	}
+	old := unix.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	return l, nil
+}
+
+// newEngine wires the engine to what is on this machine.
+func newEngine(ctx context.Context, cfg config, dir *state.Dir, log *slog.Logger) (*engine.Engine, shed.Info, error) {
+	var info shed.Info
+	layers, err := rootfs.OpenLayers(dir.Path("layers"))
+	if err != nil {
+		return nil, info, err
+	}
+	images, err := image.Open(dir.Path("images"), layers)
+	if err != nil {
+		return nil, info, err
+	}
+	kernels, err := kernel.Open(dir.Path("kernels"))
+	if err != nil {
+		return nil, info, err
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return nil, info, err
+	}
+	agent, err := findAgent(program)
+	if err != nil {
+		return nil, info, err
+	}
+	binary, err := qemu.FindBinary()
+	if err != nil {
+		return nil, info, err
+	}
+	accel, reason, err := qemu.DetectAccel(ctx, binary, dir.Path("kvm.json"))
+	if err != nil {
+		return nil, info, err
+	}
+	timeout := bootTimeoutKVM
+	if accel == qemu.TCG {
+		timeout = bootTimeoutTCG
+		log.Warn("sheds run in software emulation, which is slow", "why", reason)
+	}
+	info = shed.Info{
+		Name: cfg.Name, Version: version, Backend: "qemu", Backends: []string{"qemu"},
+		Accel: string(accel), StateDir: cfg.StateDir,
+	}
+	e, err := engine.New(ctx, engine.Config{
+		State: dir, Images: images, Kernels: kernels,
+		Backends: map[string]engine.Backend{"qemu": {
+			Driver: &qemu.Driver{Binary: binary, Accel: accel}, Accel: string(accel),
+			Image: cfg.QEMU.DefaultImage, Aliases: cfg.QEMU.ImageAliases,
+			CPUs: cfg.QEMU.DefaultCPUs, MemoryMB: cfg.QEMU.DefaultMemoryMB, BootTimeout: timeout,
+		}},
+		DefaultBackend: "qemu", Program: program, AgentBinary: agent, ServerName: cfg.Name,
+		EnvFile: cfg.EnvFile, AllowHostPorts: cfg.Network.AllowHostPorts, Log: log,
+	})
+	return e, info, err
+}
+
+// findAgent returns the agent for the guest, which is installed beside the server or below
+// its prefix.
+func findAgent(program string) (string, error) {
+	name := "shed-agent-linux-" + runtime.GOARCH
+	bin := filepath.Dir(program)
+	for _, dir := range []string{bin, filepath.Join(bin, "..", "lib", "shed")} {
+		if file := filepath.Join(dir, name); fileExists(file) {
+			return filepath.Abs(file)
+		}
+	}
+	return "", shed.Errorf(shed.CodeInvalid, "%s is neither beside shed-server, in %s, nor in ../lib/shed", name, bin).
+		WithHint("`make build` puts it there")
+}
+
+func fileExists(file string) bool {
+	_, err := os.Stat(file)
+	return err == nil
+}
+
+// keep is the process of one shed.
+func keep(dir string) error {
+	return keeper.Run(context.Background(), dir, func(cfg keeper.Config) (vm.Driver, error) {
+		if cfg.Driver != "qemu" {
+			return nil, fmt.Errorf("there is no driver %q", cfg.Driver)
+		}
+		binary, err := qemu.FindBinary()
+		if err != nil {
+			return nil, err
+		}
+		return &qemu.Driver{Binary: binary, Accel: qemu.Accel(cfg.Accel)}, nil
+	})
+}

@@ -1,0 +1,194 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/api"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+// cli is what the commands share: streams, global flags, the connection.
+type cli struct {
+	in       io.Reader
+	out, err io.Writer
+
+	server     string
+	configFile string
+	json       bool
+	verbose    int
+	noColor    bool
+
+	config  *config // once loaded
+	clients []*api.Client
+	began   bool // the command line was right
+	failure int  // exit code for every failure, if not 0
+}
+
+// action adapts f to cobra. What fails before it runs is wrong usage.
+func (c *cli) action(f func(ctx context.Context, args []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		c.began = true
+		return f(cmd.Context(), args)
+	}
+}
+
+func (c *cli) close() {
+	for _, client := range c.clients {
+		client.Close()
+	}
+}
+
+// connect returns a client of the server called name, or of the default one if it is "".
+func (c *cli) connect(name string) (*api.Client, error) {
+	if c.config == nil {
+		cfg, err := loadConfig(c.configFile)
+		if err != nil {
+			return nil, err
+		}
+		c.config = cfg
+	}
+	if name == "" {
+		name = c.server
+	}
+	dial, label, err := c.config.dialer(name)
+	if err != nil {
+		return nil, err
+	}
+	client := api.NewClient(dial, label)
+	if c.verbose > 0 {
+		c.message("using %s", label)
+		client.Trace = func(line string) { c.message("%s", line) }
+	}
+	c.clients = append(c.clients, client)
+	return client, nil
+}
+
+// resolve returns a client and the name of the shed that ref means: NAME or SERVER/NAME.
+func (c *cli) resolve(ref string) (*api.Client, string, error) {
+	server, name, exact := strings.Cut(ref, "/")
+	if !exact {
+		server, name = "", ref
+	} else if server == "" || c.server != "" && c.server != server {
+		return nil, "", shed.Errorf(shed.CodeInvalid, "%q does not name a shed on the server %q", ref, c.server).
+			WithHint("give the server as SERVER/NAME or as --server SERVER")
+	}
+	if err := shed.ValidateName(name); err != nil {
+		return nil, "", err
+	}
+	client, err := c.connect(server)
+	return client, name, err
+}
+
+// each runs f for every shed in refs, those after a failed one included. The
+// last error is returned, the others are printed.
+func (c *cli) each(refs []string, f func(client *api.Client, name string) error) error {
+	var failed error
+	for _, ref := range refs {
+		client, name, err := c.resolve(ref)
+		if err == nil {
+			err = f(client, name)
+		}
+		if err == nil {
+			continue
+		}
+		if failed != nil {
+			c.printMessage(failed)
+		}
+		failed = err
+		if errors.Is(err, context.Canceled) {
+			break
+		}
+	}
+	return failed
+}
+
+// message writes one line to stderr.
+func (c *cli) message(format string, args ...any) {
+	fmt.Fprintln(c.err, printable(fmt.Sprintf(format, args...)))
+}
+
+// printJSON writes the one document of --json.
+func (c *cli) printJSON(v any) error {
+	enc := json.NewEncoder(c.out)
+	enc.SetIndent("", "  ")
+	enc.SetEscapeHTML(false)
+	return enc.Encode(v)
+}
+
+// printError says what err is: on stdout with --json, else on stderr.
+func (c *cli) printError(err error) {
+	if !c.json {
+		c.printMessage(err)
+		return
+	}
+	c.printJSON(struct {
+		Error shed.Error `json:"error"`
+	}{shed.Error{Code: shed.ErrorCode(err), Message: err.Error(), Hint: shed.ErrorHint(err)}})
+}
+
+func (c *cli) printMessage(err error) {
+	if errors.Is(err, context.Canceled) {
+		c.message("shed: interrupted")
+		return
+	}
+	c.message("shed: %s", err)
+	if hint := shed.ErrorHint(err); hint != "" {
+		c.message("hint: %s", hint)
+	}
+}
+
+// printable replaces what a terminal would act upon: messages may quote what a
+// shed has written.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' || unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s)
+}
+
+// terminal returns the file descriptor of stream if it is a terminal.
+func terminal(stream any) (fd int, ok bool) {
+	f, ok := stream.(*os.File)
+	if !ok {
+		return -1, false
+	}
+	fd = int(f.Fd())
+	return fd, term.IsTerminal(fd)
+}
+
+// color says whether stderr takes escape sequences for colors.
+func (c *cli) color() bool {
+	_, tty := terminal(c.err)
+	return tty && !c.noColor && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+}
+
+// completeNames completes names of sheds.
+func (c *cli) completeNames(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
+	ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
+	defer cancel()
+	client, err := c.connect("")
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	sheds, err := client.List(ctx)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, sh := range sheds {
+		names = append(names, sh.Name)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}

@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/api"
+	"github.com/goccy/go-yaml"
+)
+
+// config is the client's configuration file.
+type config struct {
+	DefaultServer string                  `yaml:"default_server"`
+	Servers       map[string]serverConfig `yaml:"servers"`
+
+	path string
+}
+
+// serverConfig says how a server is reached: Host is another machine, Socket is here.
+type serverConfig struct {
+	Host     string `yaml:"host"`
+	HTTPPort int    `yaml:"http_port"`
+	SSHPort  int    `yaml:"ssh_port"`
+	Socket   string `yaml:"socket"`
+}
+
+// loadConfig reads the file called path, or the one in SHED_CONFIG, or
+// ~/.shed/config.yaml, which alone need not be there.
+func loadConfig(path string) (*config, error) {
+	if path == "" {
+		path = os.Getenv("SHED_CONFIG")
+	}
+	optional := path == ""
+	if optional {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return &config{}, nil
+		}
+		path = filepath.Join(home, ".shed", "config.yaml")
+	}
+	f, err := os.Open(path)
+	if optional && errors.Is(err, fs.ErrNotExist) {
+		return &config{}, nil
+	}
+	if err != nil {
+		return nil, shed.Errorf(shed.CodeInvalid, "the configuration can't be read: %w", err)
+	}
+	defer f.Close()
+	cfg := &config{path: path}
+	if err := yaml.NewDecoder(f, yaml.Strict()).Decode(cfg); err != nil && !errors.Is(err, io.EOF) {
+		return nil, configError(path, err)
+	}
+	for name, s := range cfg.Servers {
+		if (s.Host == "") == (s.Socket == "") {
+			return nil, shed.Errorf(shed.CodeInvalid, "%s: server %q needs either host: or socket:", path, name)
+		}
+	}
+	if cfg.DefaultServer != "" {
+		if _, err := cfg.find(cfg.DefaultServer); err != nil {
+			return nil, shed.Errorf(shed.CodeInvalid, "%s: default_server: %w", path, err).WithHint("%s", shed.ErrorHint(err))
+		}
+	}
+	return cfg, nil
+}
+
+// configError says in which line of the file what is wrong.
+func configError(path string, err error) error {
+	var at yaml.Error
+	if !errors.As(err, &at) || at.GetToken() == nil {
+		return shed.Errorf(shed.CodeInvalid, "%s: %w", path, err)
+	}
+	what := at.GetMessage()
+	if unknown := (*yaml.UnknownFieldError)(nil); errors.As(err, &unknown) {
+		what = fmt.Sprintf("unknown key %q", unknown.Token.Value)
+	}
+	return shed.Errorf(shed.CodeInvalid, "%s:%d: %s", path, at.GetToken().Position.Line, what)
+}
+
+func (c *config) find(name string) (serverConfig, error) {
+	s, ok := c.Servers[name]
+	if ok {
+		return s, nil
+	}
+	err := shed.Errorf(shed.CodeInvalid, "there is no server %q in the configuration", name)
+	if len(c.Servers) > 0 {
+		return s, err.WithHint("there are: %s", strings.Join(slices.Sorted(maps.Keys(c.Servers)), ", "))
+	}
+	return s, err
+}
+
+// dialer returns how to reach the server called name, and what to call it. ""
+// means the default server, or the only one, or the local one if none is configured.
+func (c *config) dialer(name string) (dial func(context.Context) (net.Conn, error), label string, err error) {
+	if name == "" {
+		name = c.DefaultServer
+	}
+	if name == "" && len(c.Servers) == 1 {
+		for name = range c.Servers {
+		}
+	}
+	if name == "" {
+		if len(c.Servers) > 0 {
+			return nil, "", shed.Errorf(shed.CodeInvalid, "%s has several servers and no default_server", c.path).
+				WithHint("choose one with --server: %s", strings.Join(slices.Sorted(maps.Keys(c.Servers)), ", "))
+		}
+		socket := api.DefaultSocket()
+		return unixDialer(socket), "the server at " + socket, nil
+	}
+	s, err := c.find(name)
+	if err != nil {
+		return nil, "", err
+	}
+	if s.Host != "" {
+		return nil, "", shed.Errorf(shed.CodeUnsupported, "server %q is on another machine (host: %s): only servers with socket: can be reached", name, s.Host).
+			WithHint("run shed on %s itself", s.Host)
+	}
+	socket := s.Socket
+	if rest, ok := strings.CutPrefix(socket, "~/"); ok {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return nil, "", fmt.Errorf("server %q: %w", name, err)
+		}
+		socket = filepath.Join(home, rest)
+	}
+	return unixDialer(socket), fmt.Sprintf("server %q at %s", name, socket), nil
+}
+
+func unixDialer(path string) func(context.Context) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }
+}

@@ -1,0 +1,239 @@
+//go:build linux
+
+package guest
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/charliek/shed/internal/agent"
+)
+
+const (
+	agentCgroup = "/sys/fs/cgroup/shed.agent"
+	userCgroup  = "/sys/fs/cgroup/shed.user"
+
+	// How long a device may take to appear, and how often to look.
+	deviceTimeout = 20 * time.Second
+	devicePoll    = 2 * time.Millisecond
+)
+
+// machine is the state of the agent proper.
+type machine struct {
+	modules *loader
+	ready   *os.File // written to when the root file system is there
+	entered *os.File // at EOF when PID 1 has switched to it
+
+	mu    sync.Mutex
+	setup *agent.Setup // nil before the first
+	envs  loginEnvs
+}
+
+func runAgent() error {
+	// systemd gives every process a SIGTERM at shutdown, but spares this one by its name.
+	// All that ends it is the end of the machine.
+	signal.Ignore(unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
+	modules, err := newLoader()
+	if err != nil {
+		return err
+	}
+	m := &machine{
+		modules: modules,
+		ready:   os.NewFile(3, "ready"),
+		entered: os.NewFile(4, "entered"),
+	}
+	go m.endUserAtShutdown()
+	// What the root file system needs is loaded while the host shakes hands.
+	go modules.load("virtio_blk", "ext4", "overlay")
+	go modules.load("virtio_net")
+	if err := modules.load("virtio_mmio", "virtio_console"); err != nil {
+		return err
+	}
+	p, err := openPort("shed")
+	if err != nil {
+		return err
+	}
+	return m.serve(p)
+}
+
+// serve answers one host after the other on p.
+func (m *machine) serve(p *portConn) error {
+	r := bufio.NewReaderSize(p, 64<<10)
+	for {
+		p.reopen()
+		session, err := agent.Accept(p, r)
+		if errors.Is(err, io.EOF) {
+			time.Sleep(20 * time.Millisecond) // no host is connected
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("the link to the host: %w", err)
+		}
+		for {
+			stream, err := session.AcceptStream()
+			if err != nil {
+				break
+			}
+			go m.handle(stream)
+		}
+		session.Close()
+	}
+}
+
+func (m *machine) handle(s *agent.Stream) {
+	defer func() {
+		if r := recover(); r != nil {
+			logf("a request failed: %v", r)
+			s.Reset()
+		}
+	}()
+	var req agent.Request
+	if err := agent.ReadMessage(s, &req); err != nil {
+		s.Reset()
+		return
+	}
+	switch {
+	case req.Exec != nil:
+		m.exec(s, *req.Exec)
+		return
+	case req.Dial != nil:
+		dial(s, *req.Dial)
+		return
+	}
+	var err error
+	switch {
+	case req.Setup != nil:
+		err = m.runSetup(*req.Setup)
+	case req.Clock != nil:
+		err = setClock(*req.Clock)
+	case req.PowerOff != nil:
+		err = m.powerOff()
+	default:
+		err = errors.New("the agent doesn't know this request: it may be older than the server")
+	}
+	var reply agent.Reply
+	if err != nil {
+		reply.Error = err.Error()
+	}
+	agent.WriteMessage(s, reply)
+	s.Close()
+}
+
+func setClock(c agent.Clock) error {
+	tv := unix.NsecToTimeval(c.UnixNano)
+	return unix.Settimeofday(&tv)
+}
+
+// powerOff ends the sessions' processes, which might ignore what an
+// init sends them, and then asks the init, whichever it is.
+func (m *machine) powerOff() error {
+	endUser()
+	sig := unix.SIGUSR2
+	if _, ok := findSystemd(); ok {
+		sig = unix.Signal(34 + 4) // SIGRTMIN+4: see systemd(1)
+	}
+	return unix.Kill(1, sig)
+}
+
+// endUserAtShutdown ends the sessions' processes when the shutdown was asked for inside.
+// systemd-shutdown stops and continues every process, which is all that one
+// with a name like ours notices of it.
+func (m *machine) endUserAtShutdown() {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, unix.SIGCONT)
+	for range c {
+		if comm, err := os.ReadFile("/proc/1/comm"); err == nil && strings.HasPrefix(string(comm), "systemd-shutdo") {
+			endUser()
+		}
+	}
+}
+
+// endUser hangs up on every process that the host started, and kills those
+// that are still there a little later.
+func endUser() {
+	procs := userCgroup + "/cgroup.procs"
+	pids := func() []string {
+		b, err := os.ReadFile(procs)
+		if err != nil {
+			return nil
+		}
+		return strings.Fields(string(b))
+	}
+	for _, s := range pids() {
+		var pid int
+		if _, err := fmt.Sscan(s, &pid); err == nil {
+			unix.Kill(pid, unix.SIGTERM)
+			unix.Kill(pid, unix.SIGHUP)
+			unix.Kill(pid, unix.SIGCONT)
+		}
+	}
+	for range 40 {
+		if len(pids()) == 0 {
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	os.WriteFile(userCgroup+"/cgroup.kill", []byte("1"), 0)
+}
+
+// dial connects the stream with an address inside the machine.
+func dial(s *agent.Stream, req agent.Dial) {
+	conn, err := net.Dial(req.Network, req.Address)
+	if err != nil {
+		agent.WriteMessage(s, agent.Reply{Error: err.Error()})
+		s.Close()
+		return
+	}
+	defer conn.Close()
+	if err := agent.WriteMessage(s, agent.Reply{}); err != nil {
+		s.Reset()
+		return
+	}
+	agent.Splice(s, conn)
+}
+
+// portConn is a virtio-serial port as the connection that a session needs.
+// Closing it only interrupts who uses it: the next session gets the same port.
+type portConn struct{ *os.File }
+
+func openPort(name string) (*portConn, error) {
+	for deadline := time.Now().Add(deviceTimeout); time.Now().Before(deadline); time.Sleep(devicePoll) {
+		names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
+		if err != nil {
+			return nil, err
+		}
+		for _, file := range names {
+			b, err := os.ReadFile(file)
+			if err != nil || strings.TrimSpace(string(b)) != name {
+				continue
+			}
+			// Non-blocking, so that the runtime polls it and deadlines work.
+			f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(file)), os.O_RDWR|unix.O_NONBLOCK, 0)
+			if err == nil {
+				return &portConn{f}, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("no port named %q came up in %v", name, deviceTimeout)
+}
+
+func (p *portConn) reopen()              { p.SetDeadline(time.Time{}) }
+func (p *portConn) Close() error         { return p.SetDeadline(time.Unix(1, 0)) }
+func (p *portConn) LocalAddr() net.Addr  { return portAddr{} }
+func (p *portConn) RemoteAddr() net.Addr { return portAddr{} }
+
+type portAddr struct{}
+
+func (portAddr) Network() string { return "virtio" }
+func (portAddr) String() string  { return "virtio" }

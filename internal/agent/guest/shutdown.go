@@ -1,0 +1,85 @@
+//go:build linux
+
+package guest
+
+import (
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// runShutdown ends the machine: every process is killed, every file system
+// unmounted. It is run by PID 1, either by systemd-shutdown, which has moved the system's
+// root to /oldroot and gives the verb as the first argument, or by our own init.
+func runShutdown(args []string) error {
+	killAll()
+	unix.Sync()
+	unmountAll()
+	unix.Sync()
+	cmd := unix.LINUX_REBOOT_CMD_POWER_OFF
+	if len(args) > 0 && (args[0] == "reboot" || args[0] == "kexec") {
+		cmd = unix.LINUX_REBOOT_CMD_RESTART
+	}
+	return unix.Reboot(cmd)
+}
+
+// killAll kills every process but this one, PID 1, and waits for them.
+func killAll() {
+	unix.Kill(-1, unix.SIGKILL)
+	for {
+		if _, err := unix.Wait4(-1, nil, 0, nil); err == unix.ECHILD {
+			return
+		}
+	}
+}
+
+// unmountAll unmounts what holds a file system on a disk, the last mounted first, again
+// while that makes others possible, and makes read-only what can't be unmounted.
+func unmountAll() {
+	for range 10 {
+		busy := false
+		for _, m := range slices.Backward(mountsOf("/proc/self/mountinfo")) {
+			switch m.fstype {
+			case "proc", "sysfs", "devtmpfs", "devpts", "rootfs":
+				continue
+			case "tmpfs":
+				if m.target == "/run" || m.target == "/" || strings.HasPrefix(m.target, "/dev") {
+					continue
+				}
+			}
+			if err := unix.Unmount(m.target, 0); err != nil {
+				busy = true
+				if m.target == "/" {
+					unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+				}
+			}
+		}
+		if !busy {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// mountsOf reads the mounts from a file in the format of proc(5)'s mountinfo.
+func mountsOf(file string) []mount {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil
+	}
+	var mounts []mount
+	for line := range strings.Lines(string(b)) {
+		before, after, ok := strings.Cut(line, " - ")
+		head, tail := strings.Fields(before), strings.Fields(after)
+		if !ok || len(head) < 5 || len(tail) < 2 {
+			continue
+		}
+		mounts = append(mounts, mount{source: tail[1], target: unescapeMount.Replace(head[4]), fstype: tail[0]})
+	}
+	return mounts
+}
+
+var unescapeMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)

@@ -1,0 +1,129 @@
+package agent
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+
+	"github.com/charliek/shed"
+)
+
+// Request is the first message on a stream: exactly one field is set.
+// Each message is a 4-byte big-endian length and that many bytes of JSON.
+//
+// Exec is followed by the frames of the exec protocol. The others are answered with a
+// Reply; after a good one, Dial's stream carries the connection's bytes.
+type Request struct {
+	Setup    *Setup        `json:"setup,omitempty"`
+	Exec     *shed.Command `json:"exec,omitempty"`
+	Dial     *Dial         `json:"dial,omitempty"`
+	Clock    *Clock        `json:"clock,omitempty"`
+	PowerOff *PowerOff     `json:"power_off,omitempty"`
+}
+
+// Setup gives a booted machine what is this shed's own. The agent then mounts its
+// root file system and hands over to the image's init, if there is one. A second
+// Setup only replaces Env and Workspace.
+type Setup struct {
+	Hostname  string   `json:"hostname"`
+	Env       []string `json:"env"`       // of every command: K=V
+	Workspace string   `json:"workspace"` // default directory of commands
+	Layers    int      `json:"layers"`    // number of read-only layers
+	Network   Network  `json:"network"`
+	Clock     Clock    `json:"clock"`
+}
+
+// Network is the machine's only interface. The zero value means none.
+type Network struct {
+	Address string `json:"address"` // with prefix length
+	Gateway string `json:"gateway"`
+	DNS     string `json:"dns"`
+	MTU     int    `json:"mtu"`
+}
+
+// Clock sets the machine's time.
+type Clock struct {
+	UnixNano int64 `json:"unix_nano"`
+}
+
+// Dial asks for a connection inside the machine.
+type Dial struct {
+	Network string `json:"network"` // "tcp" or "unix"
+	Address string `json:"address"`
+}
+
+// PowerOff asks for a clean end: sessions are ended, file systems unmounted.
+type PowerOff struct{}
+
+// Reply answers a request.
+type Reply struct {
+	Error string `json:"error,omitempty"`
+}
+
+// maxJSON bounds a message, in bytes: the largest that a peer may make us hold.
+const maxJSON = 4 << 20
+
+// WriteMessage writes v as one message.
+func WriteMessage(w io.Writer, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	if len(b) > maxJSON {
+		return fmt.Errorf("a message of %d bytes is over the limit of %d", len(b), maxJSON)
+	}
+	_, err = w.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...))
+	return err
+}
+
+// ReadMessage reads one message into v.
+func ReadMessage(r io.Reader, v any) error {
+	var head [4]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return err
+	}
+	n := binary.BigEndian.Uint32(head[:])
+	if n > maxJSON {
+		return fmt.Errorf("a message of %d bytes is over the limit of %d", n, maxJSON)
+	}
+	b := make([]byte, n)
+	if _, err := io.ReadFull(r, b); err != nil {
+		return err
+	}
+	return json.Unmarshal(b, v)
+}
+
+// Call sends req on conn, waits for the reply until ctx is done, and returns
+// its error. On error conn is closed; else the caller owns it still.
+func Call(ctx context.Context, conn net.Conn, req Request) error {
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	err := call(conn, req)
+	if !stop() && ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		conn.Close()
+	}
+	return err
+}
+
+func call(conn net.Conn, req Request) error {
+	if err := WriteMessage(conn, req); err != nil {
+		return err
+	}
+	var reply Reply
+	if err := ReadMessage(conn, &reply); err != nil {
+		if errors.Is(err, io.EOF) {
+			err = errors.New("the agent ended the request without an answer")
+		}
+		return err
+	}
+	if reply.Error != "" {
+		return errors.New(reply.Error)
+	}
+	return nil
+}

@@ -1,0 +1,218 @@
+// Package apitest has a server's sheds and images in memory, for tests of
+// what stands in front of them.
+package apitest
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/agent"
+)
+
+// Created is when every shed of a Fake was created.
+var Created = time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC)
+
+// Fake implements shed.Sheds and shed.Images. Its sheds run nothing; the
+// functions, where set, say what happens.
+type Fake struct {
+	// Before runs before each operation, such as "create", and may fail it.
+	Before func(ctx context.Context, op, name string, p shed.Progress) error
+	// Run is the command that runs behind Exec. It should end when in does.
+	Run func(cmd shed.Command, in *agent.FrameReader, out *agent.FrameWriter) shed.ExitStatus
+	// Log is what Logs returns.
+	Log func(ctx context.Context, follow bool) io.ReadCloser
+
+	mu       sync.Mutex
+	sheds    []*shed.Shed
+	commands sync.WaitGroup
+}
+
+var (
+	_ shed.Sheds  = (*Fake)(nil)
+	_ shed.Images = (*Fake)(nil)
+)
+
+// Add adds a shed, and Create does with the server's defaults.
+func (f *Fake) Add(sh shed.Shed) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.sheds = append(f.sheds, &sh)
+	slices.SortFunc(f.sheds, func(a, b *shed.Shed) int { return strings.Compare(a.Name, b.Name) })
+}
+
+// WaitCommands returns when no command runs.
+func (f *Fake) WaitCommands() { f.commands.Wait() }
+
+// Ack tells the client that the command has taken n bytes of stdin. A Run must.
+func Ack(out *agent.FrameWriter, n int) error {
+	return out.Write(agent.FrameStdinAck, binary.BigEndian.AppendUint32(nil, uint32(n)))
+}
+
+func (f *Fake) begin(ctx context.Context, op, name string, p shed.Progress) error {
+	if f.Before == nil {
+		return nil
+	}
+	return f.Before(ctx, op, name, p)
+}
+
+// update runs change on the shed called name and returns a copy.
+func (f *Fake) update(name string, change func(*shed.Shed) error) (*shed.Shed, error) {
+	if err := shed.ValidateName(name); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, sh := range f.sheds {
+		if sh.Name == name {
+			if err := change(sh); err != nil {
+				return nil, err
+			}
+			c := *sh
+			return &c, nil
+		}
+	}
+	return nil, shed.Errorf(shed.CodeNotFound, "there is no shed %q", name)
+}
+
+func (f *Fake) Create(ctx context.Context, opts shed.CreateOptions, p shed.Progress) (*shed.Shed, error) {
+	if err := f.begin(ctx, "create", opts.Name, p); err != nil {
+		return nil, err
+	}
+	if err := shed.ValidateName(opts.Name); err != nil {
+		return nil, err
+	}
+	if _, err := f.Get(ctx, opts.Name); err == nil {
+		return nil, shed.Errorf(shed.CodeExists, "there is a shed %q already", opts.Name).WithHint("delete it, or take another name")
+	}
+	sh := shed.Shed{
+		Name: opts.Name, Backend: opts.Backend, Status: shed.StatusRunning, Image: opts.Image,
+		CPUs: opts.CPUs, MemoryMB: opts.MemoryMB, UpperSize: opts.UpperSize, DiskUsed: 3 << 20,
+		Repo: opts.Repo, Workspace: "/home/shed", CreatedAt: Created,
+	}
+	f.Add(sh)
+	return &sh, nil
+}
+
+func (f *Fake) List(ctx context.Context) ([]*shed.Shed, error) {
+	if err := f.begin(ctx, "list", "", nil); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var list []*shed.Shed
+	for _, sh := range f.sheds {
+		c := *sh
+		list = append(list, &c)
+	}
+	return list, nil
+}
+
+func (f *Fake) Get(ctx context.Context, name string) (*shed.Shed, error) {
+	if err := f.begin(ctx, "get", name, nil); err != nil {
+		return nil, err
+	}
+	return f.update(name, func(*shed.Shed) error { return nil })
+}
+
+func (f *Fake) Start(ctx context.Context, name string, p shed.Progress) (*shed.Shed, error) {
+	if err := f.begin(ctx, "start", name, p); err != nil {
+		return nil, err
+	}
+	return f.update(name, func(sh *shed.Shed) error {
+		sh.Status, sh.Reason = shed.StatusRunning, ""
+		return nil
+	})
+}
+
+func (f *Fake) Stop(ctx context.Context, name string, p shed.Progress) (*shed.Shed, error) {
+	if err := f.begin(ctx, "stop", name, p); err != nil {
+		return nil, err
+	}
+	return f.update(name, func(sh *shed.Shed) error {
+		sh.Status = shed.StatusStopped
+		return nil
+	})
+}
+
+func (f *Fake) Reset(ctx context.Context, name string) (*shed.Shed, error) {
+	if err := f.begin(ctx, "reset", name, nil); err != nil {
+		return nil, err
+	}
+	return f.update(name, func(sh *shed.Shed) error {
+		if sh.Status != shed.StatusStopped {
+			return shed.Errorf(shed.CodeConflict, "%s is %s", name, sh.Status).WithHint("stop it first: shed stop %s", name)
+		}
+		return nil
+	})
+}
+
+func (f *Fake) Delete(ctx context.Context, name string, p shed.Progress) error {
+	if err := f.begin(ctx, "delete", name, p); err != nil {
+		return err
+	}
+	if _, err := f.update(name, func(*shed.Shed) error { return nil }); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.sheds = slices.DeleteFunc(f.sheds, func(sh *shed.Shed) bool { return sh.Name == name })
+	return nil
+}
+
+func (f *Fake) Logs(ctx context.Context, name string, follow bool) (io.ReadCloser, error) {
+	if _, err := f.Get(ctx, name); err != nil {
+		return nil, err
+	}
+	return f.Log(ctx, follow), nil
+}
+
+func (f *Fake) Exec(ctx context.Context, name string, cmd shed.Command) (net.Conn, error) {
+	if err := f.begin(ctx, "exec", name, nil); err != nil {
+		return nil, err
+	}
+	if _, err := f.Start(ctx, name, nil); err != nil {
+		return nil, err
+	}
+	host, guest := net.Pipe()
+	f.commands.Go(func() {
+		defer guest.Close()
+		out := agent.NewFrameWriter(guest)
+		status := f.Run(cmd, agent.NewFrameReader(guest), out)
+		if b, err := json.Marshal(status); err == nil {
+			out.Write(agent.FrameExit, b)
+		}
+	})
+	return host, nil
+}
+
+func (f *Fake) Images(ctx context.Context) ([]*shed.Image, error) {
+	if err := f.begin(ctx, "images", "", nil); err != nil {
+		return nil, err
+	}
+	return []*shed.Image{{
+		Ref: "base", Digest: "sha256:" + strings.Repeat("ab", 32), Size: 207 << 20, CreatedAt: Created,
+		Layers: []shed.Layer{{Digest: "sha256:" + strings.Repeat("cd", 32), DiffID: "sha256:" + strings.Repeat("ef", 32), Size: 121 << 20}},
+	}}, nil
+}
+
+func (f *Fake) BuildPreset(ctx context.Context, preset string, p shed.Progress) (*shed.Image, error) {
+	if err := f.begin(ctx, "build", preset, p); err != nil {
+		return nil, err
+	}
+	if preset != "base" {
+		return nil, shed.Errorf(shed.CodeInvalid, "there is no preset %q", preset)
+	}
+	images, err := f.Images(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return images[0], nil
+}

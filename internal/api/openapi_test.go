@@ -1,0 +1,230 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/agent"
+	"github.com/charliek/shed/internal/api/apitest"
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/getkin/kin-openapi/openapi3filter"
+	"github.com/getkin/kin-openapi/routers/legacy"
+)
+
+func loadDocument(t *testing.T) *openapi3.T {
+	t.Helper()
+	doc, err := openapi3.NewLoader().LoadFromData(openapi)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := doc.Validate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return doc
+}
+
+func documented(doc *openapi3.T) []string {
+	var routes []string
+	for path, item := range doc.Paths.Map() {
+		for method := range item.Operations() {
+			routes = append(routes, method+" "+path)
+		}
+	}
+	slices.Sort(routes)
+	return routes
+}
+
+func TestDocumentHasEveryRoute(t *testing.T) {
+	var served []string
+	for pattern := range (&server{}).routes() {
+		served = append(served, pattern)
+	}
+	slices.Sort(served)
+	if got := documented(loadDocument(t)); !slices.Equal(got, served) {
+		t.Errorf("documented: %q\nserved:     %q", got, served)
+	}
+}
+
+// The schemas have the fields that Go encodes, no more and no fewer.
+func TestDocumentHasEveryField(t *testing.T) {
+	doc := loadDocument(t)
+	for name, v := range map[string]any{
+		"Info": shed.Info{}, "Shed": shed.Shed{}, "CreateOptions": shed.CreateOptions{}, "Command": shed.Command{}, "TTY": shed.TTY{},
+		"BuildRequest": buildRequest{}, "Image": shed.Image{}, "Layer": shed.Layer{}, "Event": shed.Event{}, "Error": errorBody{},
+	} {
+		want := jsonFields(reflect.TypeOf(v))
+		var got []string
+		for field := range doc.Components.Schemas[name].Value.Properties {
+			got = append(got, field)
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: documented %q, encoded %q", name, got, want)
+		}
+	}
+	var codes []any
+	for _, s := range statuses {
+		codes = append(codes, string(s.code))
+	}
+	for _, code := range doc.Components.Schemas["Error"].Value.Properties["error"].Value.Properties["code"].Value.Enum {
+		if !slices.Contains(codes, code) {
+			t.Errorf("the code %v is documented only", code)
+		}
+	}
+	if n := len(doc.Components.Schemas["Error"].Value.Properties["error"].Value.Properties["code"].Value.Enum); n != len(codes) {
+		t.Errorf("%d codes are documented, there are %d", n, len(codes))
+	}
+}
+
+func jsonFields(t reflect.Type) []string {
+	var names []string
+	for _, f := range reflect.VisibleFields(t) {
+		if name, _, _ := strings.Cut(f.Tag.Get("json"), ","); name != "" && name != "-" {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// Requests to every operation, and the answers to them, are as documented.
+func TestAnswersAreAsDocumented(t *testing.T) {
+	openapi3filter.RegisterBodyDecoder(eventsType, openapi3filter.PlainBodyDecoder)
+	t.Cleanup(func() { openapi3filter.UnregisterBodyDecoder(eventsType) })
+	doc := loadDocument(t)
+	router, err := legacy.NewRouter(doc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fake := &apitest.Fake{
+		Before: func(_ context.Context, _, _ string, p shed.Progress) error {
+			p.Report(shed.Event{Phase: "boot", Message: "x", Current: 1, Total: 2, Unit: "bytes"})
+			return nil
+		},
+		Log: func(context.Context, bool) io.ReadCloser { return io.NopCloser(strings.NewReader("log\n")) },
+		Run: func(shed.Command, *agent.FrameReader, *agent.FrameWriter) shed.ExitStatus { return shed.ExitStatus{} },
+	}
+	fake.Add(shed.Shed{Name: "old", Status: shed.StatusStopped, Reason: "why", StartedAt: apitest.Created})
+	ln, dial := listenUnix(t)
+	serve(t, ln, fake, slog.New(slog.DiscardHandler))
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+	}}
+
+	seen := map[string]bool{}
+	schema := func(name string, data []byte) {
+		t.Helper()
+		var v any
+		if err := json.Unmarshal(data, &v); err != nil {
+			t.Errorf("%s: %v in %s", name, err, data)
+		} else if err := doc.Components.Schemas[name].Value.VisitJSON(v); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	do := func(method, path, body, accept string) {
+		t.Helper()
+		request := func() *http.Request {
+			req, err := http.NewRequestWithContext(t.Context(), method, "http://localhost"+path, strings.NewReader(body))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if body == "" {
+				req.Body = nil
+			} else {
+				req.Header.Set("Content-Type", jsonType)
+			}
+			if accept != "" {
+				req.Header.Set("Accept", accept)
+			}
+			if strings.HasSuffix(path, "/exec") {
+				req.Header.Set("Connection", "Upgrade")
+				req.Header.Set("Upgrade", execProtocol)
+			}
+			return req
+		}
+		req := request()
+		route, params, err := router.FindRoute(req)
+		if err != nil {
+			t.Fatalf("%s %s: %v", method, path, err)
+		}
+		seen[method+" "+route.Path] = true
+		in := &openapi3filter.RequestValidationInput{Request: req, PathParams: params, Route: route}
+		if err := openapi3filter.ValidateRequest(t.Context(), in); err != nil {
+			t.Errorf("%s %s: the request: %v", method, path, err)
+		}
+		resp, err := client.Do(request())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		out := &openapi3filter.ResponseValidationInput{
+			RequestValidationInput: in, Status: resp.StatusCode, Header: resp.Header,
+			Options: &openapi3filter.Options{IncludeResponseStatus: true},
+		}
+		if resp.StatusCode != http.StatusSwitchingProtocols {
+			data, err := io.ReadAll(resp.Body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out.SetBodyBytes(data)
+			if accept == eventsType {
+				for block := range strings.SplitSeq(strings.TrimSpace(string(data)), "\n\n") {
+					event, payload, _ := strings.Cut(block, "\ndata: ")
+					switch event {
+					case "event: " + eventProgress:
+						schema("Event", []byte(payload))
+					case "event: " + eventError:
+						schema("Error", []byte(payload))
+					case "event: " + eventComplete:
+						if strings.HasPrefix(path, "/api/images") {
+							schema("Image", []byte(payload))
+						} else if method != http.MethodDelete {
+							schema("Shed", []byte(payload))
+						}
+					default:
+						t.Errorf("%s %s: an event that isn't documented: %q", method, path, block)
+					}
+				}
+			}
+		}
+		if err := openapi3filter.ValidateResponse(t.Context(), out); err != nil {
+			t.Errorf("%s %s: the answer: %v", method, path, err)
+		}
+	}
+
+	do("GET", "/api/info", "", "")
+	do("GET", "/api/openapi.json", "", "")
+	for _, accept := range []string{"", eventsType} {
+		do("POST", "/api/sheds", `{"name":"web","image":"base","cpus":1,"memory_mb":512,"upper_size":1073741824,"repo":"a/b","no_provision":true}`, accept)
+		do("POST", "/api/sheds", `{"name":"web"}`, accept) // exists
+		do("POST", "/api/sheds/web/reset", "", accept)     // runs
+		do("POST", "/api/sheds/web/stop", "", accept)
+		do("POST", "/api/sheds/web/reset", "", accept)
+		do("POST", "/api/sheds/web/start", "", accept)
+		do("DELETE", "/api/sheds/web", "", accept)
+		do("DELETE", "/api/sheds/web", "", accept) // gone
+		do("POST", "/api/images/build", `{"preset":"base"}`, accept)
+	}
+	do("GET", "/api/sheds", "", "")
+	do("GET", "/api/sheds/old", "", "")
+	do("GET", "/api/sheds/none", "", "")
+	do("GET", "/api/sheds/old/logs?follow=0", "", "")
+	do("POST", "/api/sheds/none/exec", `{"args":["true"]}`, "")
+	do("POST", "/api/sheds/old/exec", `{"args":["true"],"env":["A=b"],"dir":"/","user":"0","tty":{"term":"xterm","rows":24,"cols":80}}`, "")
+	do("GET", "/api/images", "", "")
+	for _, route := range documented(doc) {
+		if !seen[route] {
+			t.Errorf("%s was not tried", route)
+		}
+	}
+}

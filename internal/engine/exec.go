@@ -1,0 +1,289 @@
+//go:build linux
+
+package engine
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/agent"
+	"github.com/charliek/shed/internal/keeper"
+	"github.com/charliek/shed/internal/state"
+)
+
+func (e *Engine) Exec(ctx context.Context, name string, cmd shed.Command) (net.Conn, error) {
+	if err := validateCommand(cmd); err != nil {
+		return nil, err
+	}
+	for tries := 0; ; tries++ {
+		en, client, err := e.running(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		conn, err := e.execOn(ctx, en, client, cmd)
+		if err == nil || tries > 2 || ctx.Err() != nil {
+			return conn, err
+		}
+		if !errors.Is(err, keeper.ErrNotRunning) {
+			return nil, err
+		}
+		// It has just stopped, or its keeper is being replaced.
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// running returns the keeper of a shed, which it starts if it is stopped.
+func (e *Engine) running(ctx context.Context, name string) (*entry, *keeper.Client, error) {
+	e.mu.Lock()
+	en, ok := e.sheds[name]
+	if ok && en.status == shed.StatusRunning && en.keeper != nil {
+		defer e.mu.Unlock()
+		return en, en.keeper, nil
+	}
+	e.mu.Unlock()
+	en, err := e.acquire(ctx, name)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer en.release()
+	if err := e.start(ctx, en, nil); err != nil {
+		return nil, nil, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if en.keeper == nil {
+		return nil, nil, shed.Errorf(shed.CodeConflict, "shed %q has stopped: %s", name, en.reason)
+	}
+	return en, en.keeper, nil
+}
+
+// execOn starts a command and leaves the exec protocol to the caller.
+func (e *Engine) execOn(ctx context.Context, en *entry, client *keeper.Client, cmd shed.Command) (net.Conn, error) {
+	env, err := e.environment(en.rec)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := client.Open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	cmd.Env = append(env, cmd.Env...)
+	if err := agent.WriteMessage(conn, agent.Request{Exec: &cmd}); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+func validateCommand(c shed.Command) error {
+	kinds := 0
+	for _, set := range []bool{len(c.Args) > 0, c.Script != "", c.Login} {
+		if set {
+			kinds++
+		}
+	}
+	if kinds != 1 {
+		return shed.Errorf(shed.CodeInvalid, "a command is exactly one of args, script and login")
+	}
+	for _, s := range append(append([]string{c.Script, c.Dir, c.User}, c.Args...), c.Env...) {
+		if strings.ContainsRune(s, 0) {
+			return shed.Errorf(shed.CodeInvalid, "a command can't contain a NUL byte")
+		}
+	}
+	for _, kv := range c.Env {
+		if key, _, ok := strings.Cut(kv, "="); !ok || key == "" {
+			return shed.Errorf(shed.CodeInvalid, "%q is no environment variable", kv).WithHint("write NAME=VALUE")
+		}
+	}
+	return nil
+}
+
+// environment is what every command in a shed has on top of its user's.
+func (e *Engine) environment(rec state.Record) ([]string, error) {
+	env := []string{"SHED_NAME=" + rec.Name, "SHED_WORKSPACE=" + rec.Workspace, "SHED_SERVER=" + e.ServerName}
+	if e.EnvFile == "" {
+		return env, nil
+	}
+	f, err := os.Open(e.EnvFile)
+	if errors.Is(err, os.ErrNotExist) {
+		return env, nil
+	}
+	if err != nil {
+		return nil, shed.Errorf(shed.CodeInvalid, "the server's env_file: %w", err)
+	}
+	defer f.Close()
+	sc := bufio.NewScanner(f)
+	for n := 1; sc.Scan(); n++ {
+		line := strings.TrimSpace(sc.Text())
+		if line == "" || line[0] == '#' {
+			continue
+		}
+		line = strings.TrimPrefix(line, "export ")
+		key, value, ok := strings.Cut(line, "=")
+		if !ok || key == "" || strings.ContainsAny(key, " \t") {
+			return nil, shed.Errorf(shed.CodeInvalid, "%s:%d: not NAME=VALUE", e.EnvFile, n)
+		}
+		if len(value) > 1 && (value[0] == '"' || value[0] == '\'') && value[len(value)-1] == value[0] {
+			value = value[1 : len(value)-1]
+		}
+		env = append(env, key+"="+value)
+	}
+	return env, sc.Err()
+}
+
+var (
+	shortRepo = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+$`)
+	scpRepo   = regexp.MustCompile(`^[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:[^\s]+$`)
+	repoDir   = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._-]*$`)
+)
+
+// parseRepo returns the URL to clone and the name of the directory that git makes of it.
+func parseRepo(repo string) (cloneURL, dir string, err error) {
+	bad := shed.Errorf(shed.CodeInvalid, "%q is no repository", repo).
+		WithHint("give a URL, user@host:path or owner/repo")
+	switch {
+	case shortRepo.MatchString(repo):
+		cloneURL = "https://github.com/" + strings.TrimSuffix(repo, ".git") + ".git"
+	case scpRepo.MatchString(repo):
+		cloneURL = repo
+	default:
+		u, perr := url.Parse(repo)
+		if perr != nil || u.Host == "" || strings.HasPrefix(u.Host, "-") {
+			return "", "", bad
+		}
+		switch u.Scheme {
+		case "https", "http", "ssh", "git":
+		default:
+			return "", "", bad
+		}
+		cloneURL = repo
+	}
+	dir = strings.TrimSuffix(path.Base(strings.TrimRight(cloneURL[strings.LastIndex(cloneURL, ":")+1:], "/")), ".git")
+	if !repoDir.MatchString(dir) {
+		return "", "", bad
+	}
+	return cloneURL, dir, nil
+}
+
+// clone clones the shed's repository into its workspace.
+func (e *Engine) clone(ctx context.Context, en *entry) error {
+	log, err := os.OpenFile(filepath.Join(e.State.Shed(en.rec.Name), provisionFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	conn, err := e.execOn(ctx, en, en.keeper, shed.Command{
+		Args: []string{"git", "clone", "--", en.rec.Repo, en.rec.Workspace}, Dir: home,
+		Env: []string{"GIT_TERMINAL_PROMPT=0"},
+	})
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	p := agent.NewProcess(conn)
+	defer p.Close()
+	p.Stdin().Close()
+	outDone := make(chan struct{})
+	go func() {
+		defer close(outDone)
+		io.Copy(log, p.Stdout())
+	}()
+	io.Copy(log, p.Stderr())
+	<-outDone
+	status, err := p.Wait()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		return err
+	}
+	if status.Code != 0 {
+		said := status.Error
+		if said == "" {
+			said = lastLines(log.Name(), 5)
+		}
+		return shed.Errorf(shed.CodeInvalid, "cloning %s failed: %s", en.rec.Repo, said).
+			WithHint("check the URL and that the shed may read it; without --repo the shed is created empty")
+	}
+	return nil
+}
+
+// logPoll is how often a followed log is looked at.
+const logPoll = 200 * time.Millisecond
+
+func (e *Engine) Logs(ctx context.Context, name string, follow bool) (io.ReadCloser, error) {
+	if _, err := e.Get(ctx, name); err != nil {
+		return nil, err
+	}
+	dir := e.State.Shed(name)
+	r, w := io.Pipe()
+	go func() {
+		var offsets [2]int64
+		for {
+			for i, file := range []string{consoleFile, provisionFile} {
+				n, err := copyFrom(w, filepath.Join(dir, file), offsets[i])
+				offsets[i] = n
+				if err != nil {
+					w.CloseWithError(err)
+					return
+				}
+			}
+			if !follow {
+				w.Close()
+				return
+			}
+			select {
+			case <-ctx.Done():
+				w.CloseWithError(ctx.Err())
+				return
+			case <-time.After(logPoll):
+			}
+			if _, err := e.Get(ctx, name); err != nil {
+				w.Close()
+				return
+			}
+		}
+	}()
+	return r, nil
+}
+
+// copyFrom copies a file from offset on and returns where it ended. A file that
+// has become shorter is read from its start.
+func copyFrom(w io.Writer, file string, offset int64) (int64, error) {
+	f, err := os.Open(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return offset, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return offset, err
+	}
+	if fi.Size() < offset {
+		offset = 0
+	}
+	if _, err := f.Seek(offset, io.SeekStart); err != nil {
+		return offset, err
+	}
+	n, err := io.Copy(w, f)
+	if err != nil {
+		return offset, fmt.Errorf("reading %s: %w", file, err)
+	}
+	return offset + n, nil
+}

@@ -1,0 +1,481 @@
+//go:build linux
+
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/agent"
+	"github.com/charliek/shed/internal/keeper"
+	"github.com/charliek/shed/internal/network"
+	"github.com/charliek/shed/internal/rootfs"
+	"github.com/charliek/shed/internal/state"
+	"github.com/charliek/shed/internal/vm"
+)
+
+// stopGrace is how long a shed may take to shut down cleanly.
+const stopGrace = 90 * time.Second
+
+const home = "/home/shed"
+
+func (e *Engine) Create(ctx context.Context, opts shed.CreateOptions, p shed.Progress) (*shed.Shed, error) {
+	rec, err := e.plan(opts)
+	if err != nil {
+		return nil, err
+	}
+	en := newEntry(rec, shed.StatusCreating)
+	<-en.op
+	e.mu.Lock()
+	if _, ok := e.sheds[rec.Name]; ok {
+		e.mu.Unlock()
+		return nil, shed.Errorf(shed.CodeExists, "there is a shed named %q already", rec.Name).
+			WithHint("choose another name, or remove it: shed delete %s", rec.Name)
+	}
+	e.sheds[rec.Name] = en
+	e.mu.Unlock()
+	defer en.release()
+
+	if err := e.create(ctx, en, opts, p); err != nil {
+		// Whatever the caller's context says, nothing may stay behind.
+		if derr := e.destroy(context.WithoutCancel(ctx), rec.Name); derr != nil {
+			e.Log.Error("undoing a create", "shed", rec.Name, "err", derr)
+		}
+		e.forget(rec.Name)
+		return nil, err
+	}
+	return e.Get(ctx, rec.Name)
+}
+
+func (e *Engine) forget(name string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.sheds, name)
+}
+
+// plan checks the options and settles what they leave open.
+func (e *Engine) plan(opts shed.CreateOptions) (state.Record, error) {
+	var rec state.Record
+	if err := shed.ValidateName(opts.Name); err != nil {
+		return rec, err
+	}
+	backend := opts.Backend
+	if backend == "" {
+		backend = e.DefaultBackend
+	}
+	b, ok := e.Backends[backend]
+	if !ok {
+		return rec, shed.Errorf(shed.CodeUnsupported, "this server has no backend %q", backend).
+			WithHint("it has: %s", strings.Join(e.backendNames(), ", "))
+	}
+	rec = state.Record{
+		Phase: state.Creating, Name: opts.Name, Backend: backend, Image: opts.Image,
+		CPUs: opts.CPUs, MemoryMB: opts.MemoryMB, UpperSize: opts.UpperSize,
+		Repo: opts.Repo, Workspace: home, CreatedAt: time.Now().UTC().Truncate(time.Second),
+	}
+	if rec.Image == "" {
+		rec.Image = b.Image
+	}
+	if rec.CPUs == 0 {
+		rec.CPUs = min(b.CPUs, runtime.NumCPU())
+	}
+	if rec.CPUs < 1 || rec.CPUs > runtime.NumCPU() {
+		return rec, shed.Errorf(shed.CodeInvalid, "a shed can't have %d CPUs here", rec.CPUs).
+			WithHint("this server has %d", runtime.NumCPU())
+	}
+	total, err := hostMemoryMB()
+	if err != nil {
+		return rec, err
+	}
+	if rec.MemoryMB == 0 {
+		rec.MemoryMB = min(b.MemoryMB, total*3/4)
+	}
+	if rec.MemoryMB < shed.MinMemoryMB || rec.MemoryMB > total {
+		return rec, shed.Errorf(shed.CodeInvalid, "a shed can't have %d MB of memory here", rec.MemoryMB).
+			WithHint("%d at least; this server has %d", shed.MinMemoryMB, total)
+	}
+	if rec.UpperSize == 0 {
+		rec.UpperSize = shed.DefaultUpperSize
+	}
+	if rec.UpperSize < shed.MinUpperSize || rec.UpperSize > shed.MaxUpperSize {
+		return rec, shed.Errorf(shed.CodeInvalid, "a shed's disk can't have %d bytes", rec.UpperSize).
+			WithHint("from 1G to 1T")
+	}
+	if rec.Repo != "" {
+		url, dir, err := parseRepo(rec.Repo)
+		if err != nil {
+			return rec, err
+		}
+		rec.Repo, rec.Workspace = url, home+"/"+dir
+	}
+	ref := rec.Image
+	if to, ok := b.Aliases[ref]; ok {
+		ref = to
+	}
+	img, err := e.Config.Images.Resolve(ref)
+	if err != nil {
+		return rec, err
+	}
+	rec.ImageDigest = img.Digest
+	if max := b.Driver.Features().MaxDisks - 2; len(img.Layers) > max {
+		return rec, shed.Errorf(shed.CodeUnsupported, "%s has %d layers; a %s machine can hold %d", rec.Image, len(img.Layers), backend, max)
+	}
+	return rec, nil
+}
+
+func (e *Engine) backendNames() []string {
+	var names []string
+	for name := range e.Backends {
+		names = append(names, name)
+	}
+	return names
+}
+
+func hostMemoryMB() (int, error) {
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return 0, err
+	}
+	return int(uint64(si.Totalram) * uint64(si.Unit) >> 20), nil
+}
+
+// create makes what the record describes. Whoever calls it undoes it on error.
+func (e *Engine) create(ctx context.Context, en *entry, opts shed.CreateOptions, p shed.Progress) error {
+	bundle, err := e.Kernels.Default(ctx, p)
+	if err != nil {
+		return err
+	}
+	rec := en.rec
+	rec.Kernel = bundle.ID
+	if err := e.save(en, rec); err != nil {
+		return err
+	}
+	done := p.Phase("disk", "making the disk")
+	dir := e.State.Shed(rec.Name)
+	if err := rootfs.CreateUpper(ctx, e.State.Path("templates"), filepath.Join(dir, upperFile), rec.UpperSize); err != nil {
+		return err
+	}
+	done()
+	if err := e.boot(ctx, en, p); err != nil {
+		return err
+	}
+	if rec.Repo != "" && !opts.NoProvision {
+		done := p.Phase("clone", "cloning "+rec.Repo)
+		if err := e.clone(ctx, en); err != nil {
+			return err
+		}
+		done()
+	}
+	rec = en.rec
+	rec.Phase = state.Ready
+	if err := e.save(en, rec); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if en.status == shed.StatusCreating {
+		en.status = shed.StatusRunning
+		if en.keeper == nil { // it has ended already
+			en.status, en.reason = shed.StatusStopped, e.reasonStopped(dir)
+		}
+	}
+	return nil
+}
+
+// save writes a record and makes it the current one.
+func (e *Engine) save(en *entry, rec state.Record) error {
+	if err := e.State.Save(rec); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	en.rec = rec
+	return nil
+}
+
+// boot starts the keeper of a shed and waits until the shed is up. On error nothing runs.
+func (e *Engine) boot(ctx context.Context, en *entry, p shed.Progress) error {
+	cfg, err := e.keeperConfig(ctx, en.rec, p)
+	if err != nil {
+		return err
+	}
+	defer p.Phase("boot", "booting")()
+	rec := en.rec
+	dir := e.State.Shed(rec.Name)
+	rec.StartedAt = time.Now().UTC().Truncate(time.Second)
+	if err := e.save(en, rec); err != nil {
+		return err
+	}
+	client, err := keeper.Start(e.Program, dir, cfg)
+	if err != nil {
+		return err
+	}
+	if err := client.Ready(ctx); err != nil {
+		if _, serr := client.Stop(context.WithoutCancel(ctx), 0); serr != nil {
+			e.Log.Error("ending a shed that did not come up", "shed", rec.Name, "err", serr)
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return bootError(rec.Name, err, cfg.Spec.Console)
+	}
+	e.watch(en, client)
+	return nil
+}
+
+// bootError says why a shed did not come up, with the end of its console.
+func bootError(name string, err error, console string) error {
+	msg := fmt.Sprintf("shed %q did not come up: %v", name, err)
+	if tail := lastLines(console, 12); tail != "" {
+		msg += "\nthe end of its console:\n" + tail
+	}
+	return (&shed.Error{Code: shed.CodeBoot, Message: msg, Err: err}).
+		WithHint("`shed-server doctor` checks what the host has to offer")
+}
+
+func lastLines(file string, n int) string {
+	f, err := os.Open(file)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	if fi, err := f.Stat(); err == nil && fi.Size() > 16<<10 {
+		f.Seek(-16<<10, io.SeekEnd)
+	}
+	b, err := io.ReadAll(f)
+	if err != nil {
+		return ""
+	}
+	lines := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(b), "\r", "")), "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+}
+
+// keeperConfig gathers all that the machine of a shed needs.
+func (e *Engine) keeperConfig(ctx context.Context, rec state.Record, p shed.Progress) (keeper.Config, error) {
+	var cfg keeper.Config
+	b, ok := e.Backends[rec.Backend]
+	if !ok {
+		return cfg, shed.Errorf(shed.CodeUnsupported, "this server has no backend %q any more", rec.Backend)
+	}
+	bundle, err := e.Kernels.Get(rec.Kernel)
+	if err != nil {
+		return cfg, err
+	}
+	initramfs, err := bundle.Initramfs(ctx, e.AgentBinary)
+	if err != nil {
+		return cfg, err
+	}
+	img, err := e.Config.Images.Resolve(rec.ImageDigest)
+	if err != nil {
+		return cfg, err
+	}
+	layers, _, err := e.Config.Images.Rootfs(ctx, img, p)
+	if err != nil {
+		return cfg, err
+	}
+	env, err := e.environment(rec)
+	if err != nil {
+		return cfg, err
+	}
+	dir := e.State.Shed(rec.Name)
+	disks := []vm.Disk{{Path: filepath.Join(dir, upperFile)}, {Path: bundle.Modules(), ReadOnly: true}}
+	for _, l := range layers {
+		disks = append(disks, vm.Disk{Path: l, ReadOnly: true})
+	}
+	return keeper.Config{
+		Driver: rec.Backend, Accel: b.Accel, BootTimeout: b.BootTimeout, AllowHostPorts: e.AllowHostPorts,
+		Spec: vm.Spec{
+			CPUs: rec.CPUs, MemoryMB: rec.MemoryMB, Kernel: bundle.Kernel(), Initrd: initramfs,
+			Disks: disks, MAC: network.GuestMAC, Console: filepath.Join(dir, consoleFile),
+		},
+		Setup: agent.Setup{
+			Hostname: rec.Name, Env: env, Workspace: rec.Workspace, Layers: len(layers),
+			Network: agent.Network{
+				Address: fmt.Sprintf("%s/%d", network.Guest, network.PrefixLen),
+				Gateway: network.Gateway, DNS: network.Gateway, MTU: network.MTU,
+			},
+		},
+	}, nil
+}
+
+// destroy ends a shed's machine at once and removes its files.
+func (e *Engine) destroy(ctx context.Context, name string) error {
+	dir := e.State.Shed(name)
+	if err := e.kill(ctx, name); err != nil {
+		return err
+	}
+	if err := e.State.Remove(name); err != nil {
+		return fmt.Errorf("removing %s: %w", dir, err)
+	}
+	return nil
+}
+
+// kill ends whatever runs for a shed, with or without a keeper.
+func (e *Engine) kill(ctx context.Context, name string) error {
+	dir := e.State.Shed(name)
+	if client, err := keeper.Find(dir); err == nil {
+		if _, err := client.Stop(ctx, 0); err != nil {
+			return err
+		}
+	}
+	for _, b := range e.Backends {
+		m, err := b.Driver.Find(ctx, filepath.Join(dir, keeper.RunDir))
+		if errors.Is(err, vm.ErrNotRunning) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := m.Kill(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (e *Engine) Start(ctx context.Context, name string, p shed.Progress) (*shed.Shed, error) {
+	en, err := e.acquire(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer en.release()
+	if err := e.start(ctx, en, p); err != nil {
+		return nil, err
+	}
+	return e.Get(ctx, name)
+}
+
+// start boots a shed that is stopped. The caller works on it alone.
+func (e *Engine) start(ctx context.Context, en *entry, p shed.Progress) error {
+	e.mu.Lock()
+	status, reason := en.status, en.reason
+	e.mu.Unlock()
+	switch status {
+	case shed.StatusRunning:
+		return nil
+	case shed.StatusDamaged:
+		return damaged(en)
+	}
+	e.set(en, shed.StatusStarting, "")
+	if err := e.boot(ctx, en, p); err != nil {
+		e.set(en, shed.StatusStopped, reason)
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if en.keeper != nil {
+		en.status = shed.StatusRunning
+	}
+	return nil
+}
+
+func damaged(en *entry) error {
+	return shed.Errorf(shed.CodeConflict, "shed %q is damaged: %s", en.rec.Name, en.reason).
+		WithHint("restore its shed.json from a backup and restart shed-server, or remove it: shed delete %s", en.rec.Name)
+}
+
+func (e *Engine) Stop(ctx context.Context, name string, p shed.Progress) (*shed.Shed, error) {
+	en, err := e.acquire(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer en.release()
+	if err := e.stop(ctx, en, p); err != nil {
+		return nil, err
+	}
+	return e.Get(ctx, name)
+}
+
+func (e *Engine) stop(ctx context.Context, en *entry, p shed.Progress) error {
+	e.mu.Lock()
+	client, watched, status := en.keeper, en.watched, en.status
+	e.mu.Unlock()
+	if status == shed.StatusDamaged {
+		return damaged(en)
+	}
+	if client == nil {
+		e.set(en, shed.StatusStopped, "")
+		return nil
+	}
+	defer p.Phase("stop", "shutting down")()
+	e.set(en, shed.StatusStopping, "")
+	forced, err := client.Stop(ctx, stopGrace)
+	if err != nil {
+		e.set(en, shed.StatusRunning, "")
+		return err
+	}
+	select {
+	case <-watched:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	reason := ""
+	if forced {
+		reason = fmt.Sprintf("it did not shut down within %v and was ended by force", stopGrace)
+	}
+	e.set(en, shed.StatusStopped, reason)
+	return nil
+}
+
+func (e *Engine) Reset(ctx context.Context, name string) (*shed.Shed, error) {
+	en, err := e.acquire(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer en.release()
+	e.mu.Lock()
+	status, rec := en.status, en.rec
+	e.mu.Unlock()
+	switch status {
+	case shed.StatusDamaged:
+		return nil, damaged(en)
+	case shed.StatusStopped:
+	default:
+		return nil, shed.Errorf(shed.CodeConflict, "shed %q is %s: only a stopped one can be reset", name, status).
+			WithHint("shed stop %s", name)
+	}
+	// The new upper replaces the old one in one step.
+	if err := rootfs.CreateUpper(ctx, e.State.Path("templates"), filepath.Join(e.State.Shed(name), upperFile), rec.UpperSize); err != nil {
+		return nil, err
+	}
+	return e.Get(ctx, name)
+}
+
+func (e *Engine) Delete(ctx context.Context, name string, p shed.Progress) error {
+	en, err := e.acquire(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer en.release()
+	e.mu.Lock()
+	status, rec, watched := en.status, en.rec, en.watched
+	e.mu.Unlock()
+	defer p.Phase("delete", "removing")()
+	if status != shed.StatusDamaged {
+		rec.Phase = state.Deleting
+		if err := e.save(en, rec); err != nil {
+			return err
+		}
+	}
+	e.set(en, shed.StatusDeleting, "")
+	// From here on it goes through: what is left the next start of the server removes.
+	ctx = context.WithoutCancel(ctx)
+	if err := e.destroy(ctx, name); err != nil {
+		return err
+	}
+	if watched != nil {
+		<-watched
+	}
+	e.forget(name)
+	return nil
+}

@@ -1,0 +1,20 @@
+set -eu
+root=$1
+
+chroot "$root" useradd --uid 1000 --user-group --create-home --shell /bin/bash shed
+echo 'shed ALL=(ALL:ALL) NOPASSWD: ALL' >"$root/etc/sudoers.d/shed"
+chmod 0440 "$root/etc/sudoers.d/shed"
+
+mkdir -p "$root/etc/default" "$root/etc/systemd/system"
+echo 'LANG=C.UTF-8' >"$root/etc/default/locale"
+ln -sf /lib/systemd/system/multi-user.target "$root/etc/systemd/system/default.target"
+# There is nobody at these terminals, and these timers have nothing to do here.
+for unit in getty@tty1.service serial-getty@ttyS0.service e2scrub_reap.service \
+	apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer; do
+	ln -sf /dev/null "$root/etc/systemd/system/$unit"
+done
+
+# What belongs to one machine: each makes its own ID and is told its name and name servers.
+: >"$root/etc/machine-id"
+rm -f "$root/var/lib/dbus/machine-id" "$root/etc/hostname" "$root/etc/resolv.conf"
+: >"$root/etc/resolv.conf"

@@ -1,0 +1,142 @@
+package image
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/charliek/shed"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+)
+
+func TestRootfs(t *testing.T) {
+	s := open(t, t.TempDir())
+	kinds := []types.MediaType{
+		types.OCIUncompressedLayer, types.OCILayer, types.OCILayerZStd,
+		types.DockerUncompressedLayer, types.DockerLayer, dockerZstdLayer,
+	}
+	var img *shed.Image
+	{
+		var contents [][]byte
+		for _, k := range kinds {
+			contents = append(contents, tarOf(t, "kind", string(k)))
+		}
+		add := addImage(t, s, "all", layerOf(t, kinds[0], contents[0]), layerOf(t, kinds[1], contents[1]), layerOf(t, kinds[2], contents[2]),
+			layerOf(t, kinds[3], contents[3]), layerOf(t, kinds[4], contents[4]), layerOf(t, kinds[5], contents[5]))
+		var err error
+		if img, err = s.Resolve(digestOf(t, add).String()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var events []shed.Event
+	paths, cfg, err := s.Rootfs(t.Context(), img, func(e shed.Event) { events = append(events, e) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(cfg.Config.Env) != 1 || cfg.Config.Env[0] != "LANG=C.UTF-8" {
+		t.Errorf("the configuration is %+v", cfg)
+	}
+	if len(paths) != len(kinds) {
+		t.Fatalf("there are %d paths for %d layers", len(paths), len(kinds))
+	}
+	for i, k := range kinds {
+		if out := debugfs(t, paths[i], "cat /kind"); !strings.HasSuffix(out, string(k)) {
+			t.Errorf("layer %d holds %q, want %q", i, out, k)
+		}
+	}
+	begun, done := 0, 0
+	for _, e := range events {
+		if e.Phase != "layer" {
+			t.Errorf("unexpected event %+v", e)
+		}
+		if e.Done {
+			done++
+		} else if e.Message != "" {
+			begun++
+		}
+	}
+	if begun != len(kinds) || done != len(kinds) {
+		t.Errorf("%d conversions were begun and %d done, want %d", begun, done, len(kinds))
+	}
+
+	// The second time there is nothing to do, and no blob is needed.
+	for _, l := range img.Layers {
+		if err := os.Remove(filepath.Join(s.dir, "blobs", strings.Replace(l.Digest, ":", "/", 1))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again, _, err := s.Rootfs(t.Context(), img, func(e shed.Event) { t.Errorf("unexpected event %+v", e) })
+	if err != nil || strings.Join(again, " ") != strings.Join(paths, " ") {
+		t.Errorf("the second time gives %v, %v", again, err)
+	}
+}
+
+func debugfs(t testing.TB, image, request string) string {
+	t.Helper()
+	bin, err := exec.LookPath("debugfs")
+	if err != nil {
+		if bin, err = exec.LookPath("/usr/sbin/debugfs"); err != nil {
+			t.Fatal("debugfs is needed for this test: install e2fsprogs")
+		}
+	}
+	out, err := exec.Command(bin, "-R", request, image).CombinedOutput()
+	if err != nil {
+		t.Fatalf("debugfs %s: %v\n%s", request, err, out)
+	}
+	return string(out)
+}
+
+func TestRootfsRefuses(t *testing.T) {
+	good := layerOf(t, types.OCILayer, tarOf(t, "f", "x"))
+	for name, tc := range map[string]struct {
+		mediaType types.MediaType
+		blob      []byte
+		code      shed.Code
+		want      string
+	}{
+		"unknown kind":   {"application/x-shed", tarOf(t, "g", "x"), shed.CodeUnsupported, `"application/x-shed"`},
+		"damaged gzip":   {types.OCILayer, nil, shed.CodeInternal, "decompressing"},
+		"other content":  {types.OCIUncompressedLayer, tarOf(t, "g", "y"), shed.CodeInvalid, "not what its diff ID says"},
+		"missing a blob": {types.OCIUncompressedLayer, nil, shed.CodeInternal, "no such file"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := open(t, t.TempDir())
+			bad := layerOf(t, tc.mediaType, tarOf(t, "g", "x"))
+			addImage(t, s, "bad", good, bad)
+			digest, err := bad.Digest()
+			if err != nil {
+				t.Fatal(err)
+			}
+			switch {
+			case name == "missing a blob":
+				err = os.Remove(s.blob(digest))
+			case tc.blob == nil:
+				err = os.WriteFile(s.blob(digest), bytes.Repeat([]byte("x"), 100), 0o644)
+			default:
+				err = os.WriteFile(s.blob(digest), tc.blob, 0o644)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			img, err := s.Resolve("bad")
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _, err = s.Rootfs(t.Context(), img, nil)
+			if err == nil || !strings.Contains(err.Error(), tc.want) || !strings.Contains(err.Error(), "image bad") {
+				t.Fatalf("got %v, want an error with %q", err, tc.want)
+			}
+			if code := shed.ErrorCode(err); code != tc.code {
+				t.Errorf("its code is %s, want %s", code, tc.code)
+			}
+			if diffID, _ := bad.DiffID(); tc.code == shed.CodeInvalid {
+				if _, ok := s.layers.Path(diffID); ok {
+					t.Error("a damaged layer got a block image")
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,206 @@
+//go:build linux
+
+package keeper
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/charliek/shed/internal/agent"
+	"github.com/charliek/shed/internal/vm"
+)
+
+// ErrNotRunning is returned where a shed has no keeper.
+var ErrNotRunning = errors.New("the shed has no keeper")
+
+// Client is the server's way to a keeper.
+type Client struct{ run string }
+
+// Start starts the keeper of the shed in dir, as program "keep dir". It returns when the
+// keeper has been started, not when the shed is up: see Ready.
+func Start(program, dir string, cfg Config) (*Client, error) {
+	run := filepath.Join(dir, RunDir)
+	if err := os.MkdirAll(run, 0o700); err != nil {
+		return nil, err
+	}
+	l, err := lock(run)
+	if err != nil {
+		return nil, fmt.Errorf("the shed already has a keeper: %w", err)
+	}
+	defer l.Close()
+	if err := os.Remove(filepath.Join(dir, exitFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	b, err := json.MarshalIndent(cfg, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	if err := renameio.WriteFile(filepath.Join(run, configFile), b, 0o600); err != nil {
+		return nil, err
+	}
+	return spawn(program, dir, l)
+}
+
+// Resume starts a keeper for a machine that runs without one, with the same configuration.
+// It returns ErrNotRunning where no machine runs.
+func Resume(ctx context.Context, program, dir string, driver vm.Driver) (*Client, error) {
+	run := filepath.Join(dir, RunDir)
+	if _, err := os.Stat(run); err != nil {
+		return nil, ErrNotRunning
+	}
+	l, err := lock(run)
+	if err != nil {
+		return nil, fmt.Errorf("the shed already has a keeper: %w", err)
+	}
+	defer l.Close()
+	if !driver.Running(run) {
+		return nil, ErrNotRunning
+	}
+	return spawn(program, dir, l)
+}
+
+func spawn(program, dir string, lock *os.File) (*Client, error) {
+	run := filepath.Join(dir, RunDir)
+	log, err := os.OpenFile(filepath.Join(run, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	os.Remove(filepath.Join(run, socketFile))
+	cmd := exec.Command(program, "keep", dir)
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.ExtraFiles = []*os.File{lock}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting the keeper: %w", err)
+	}
+	// It is ours to bury as long as we live.
+	go cmd.Wait()
+	return &Client{run}, nil
+}
+
+// Find returns the keeper that the shed in dir has, or ErrNotRunning.
+func Find(dir string) (*Client, error) {
+	run := filepath.Join(dir, RunDir)
+	c := &Client{run}
+	if !c.alive() {
+		return nil, ErrNotRunning
+	}
+	return c, nil
+}
+
+// alive tells whether somebody holds the keeper's lock.
+func (c *Client) alive() bool {
+	f, err := os.Open(filepath.Join(c.run, lockFile))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+}
+
+// dial connects to the keeper, which may only just have been started.
+func (c *Client) dial(ctx context.Context) (net.Conn, error) {
+	for {
+		conn, err := vm.DialUnix(ctx, c.run, socketFile)
+		if err == nil {
+			return conn, nil
+		}
+		if !c.alive() {
+			return nil, ErrNotRunning
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+// call sends a request and returns the connection after its reply.
+func (c *Client) call(ctx context.Context, req request) (net.Conn, reply, error) {
+	var r reply
+	conn, err := c.dial(ctx)
+	if err != nil {
+		return nil, r, err
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	if err = agent.WriteMessage(conn, req); err == nil {
+		err = agent.ReadMessage(conn, &r)
+	}
+	if !stop() && ctx.Err() != nil {
+		err = ctx.Err()
+	} else if err != nil {
+		err = fmt.Errorf("the keeper has gone: %w", errors.Join(ErrNotRunning, err))
+	} else if r.Error != "" {
+		err = errors.New(r.Error)
+	}
+	if err != nil {
+		conn.Close()
+		return nil, r, err
+	}
+	return conn, r, nil
+}
+
+// Ready returns nil when the shed is up, and an error when it failed to come up.
+func (c *Client) Ready(ctx context.Context) error {
+	conn, _, err := c.call(ctx, request{Ready: true})
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}
+
+// Watch returns when the machine has ended. ErrNotRunning means that the keeper ended without a word.
+func (c *Client) Watch(ctx context.Context) (Exit, error) {
+	conn, r, err := c.call(ctx, request{Watch: true})
+	if err != nil {
+		return Exit{}, err
+	}
+	conn.Close()
+	return *r.Exit, nil
+}
+
+// Stop shuts the shed down, by force if it takes longer than grace, and waits for the
+// keeper's end.
+func (c *Client) Stop(ctx context.Context, grace time.Duration) (forced bool, err error) {
+	conn, r, err := c.call(ctx, request{Stop: &stop{Grace: grace}})
+	if err != nil && !errors.Is(err, ErrNotRunning) {
+		return false, err
+	}
+	if conn != nil {
+		conn.Close()
+	}
+	for c.alive() {
+		select {
+		case <-ctx.Done():
+			return r.Forced, ctx.Err()
+		case <-time.After(time.Millisecond):
+		}
+	}
+	return r.Forced, nil
+}
+
+// Open returns a stream to the shed's agent.
+func (c *Client) Open(ctx context.Context) (net.Conn, error) {
+	conn, _, err := c.call(ctx, request{Open: true})
+	return conn, err
+}
+
+// LastExit returns how the last run of the shed in dir ended, if that is known.
+func LastExit(dir string) (exit Exit, ok bool) {
+	b, err := os.ReadFile(filepath.Join(dir, exitFile))
+	return exit, err == nil && json.Unmarshal(b, &exit) == nil
+}

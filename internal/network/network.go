@@ -1,0 +1,294 @@
+// Package network is the network of one shed: a user-mode TCP/IP stack that
+// stands between the guest and the server's own sockets.
+//
+// The guest's network card is connected to the stack and to nothing else.
+// TCP and UDP that the guest sends ends in the stack, is judged by a Policy,
+// and is carried on by ordinary sockets of this process; so no privilege is
+// needed on the host, and nothing reaches the outside past the policy. Every
+// shed has a stack of its own and the same addresses inside it.
+//
+// IPv4 only: the guest is given no IPv6 address.
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/charliek/shed"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
+	"gvisor.dev/gvisor/pkg/tcpip/link/ethernet"
+	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+)
+
+// The addresses are the same in every shed. There is no DHCP: the agent
+// configures Guest, a default route by Gateway, and Gateway as name server.
+//
+// The subnet is a slice of 198.18.0.0/15, which RFC 2544 sets aside for tests
+// of network devices. Unlike the private ranges it is used by neither LANs
+// nor Docker's networks, and unlike 100.64.0.0/10 not by carriers or
+// tailnets. Proxies that hand out made-up addresses start at its lower end.
+const (
+	Subnet     = "198.19.177.0/24"
+	Gateway    = "198.19.177.1" // also the DNS server
+	Guest      = "198.19.177.2"
+	Host       = "198.19.177.3" // stands for the server's loopback, for allowed ports
+	PrefixLen  = 24
+	GatewayMAC = "02:73:68:65:64:01"
+	GuestMAC   = "02:73:68:65:64:02" // the machine's network card must have it
+)
+
+// MTU of the guest's network card, in bytes without the ethernet header. The
+// wire has no medium that would limit it, and what a packet costs hardly
+// depends on its size: large ones are a multiple faster. It is the largest
+// multiple of 16 that QEMU and IPv4 can carry.
+const MTU = 65520
+
+// Names that the DNS server on Gateway answers itself.
+const (
+	Zone        = "shed.internal"
+	HostName    = "host." + Zone
+	GatewayName = "gateway." + Zone
+)
+
+var (
+	subnetPrefix = netip.MustParsePrefix(Subnet)
+	gatewayAddr  = netip.MustParseAddr(Gateway)
+	guestAddr    = netip.MustParseAddr(Guest)
+	hostAddr     = netip.MustParseAddr(Host)
+)
+
+const (
+	nicID = 1
+
+	// sendQueue bounds the packets that wait for the machine, which takes
+	// none while it is paused. TCP's are held by its send buffers anyway.
+	sendQueue = 4096
+
+	maxTCPDials = 4096 // connections of the guest that are being made
+	maxTCPConns = 8192 // connections of the guest, those included
+)
+
+// Config configures a Network. The zero value is valid.
+type Config struct {
+	// AllowHostPorts are the ports, TCP and UDP, that the guest may
+	// reach on the server's 127.0.0.1, by the address Host.
+	AllowHostPorts []int
+
+	// Nameservers get the guest's DNS queries, in order of preference. Nil
+	// means those that the host's /etc/resolv.conf names at the time.
+	Nameservers []netip.AddrPort
+
+	// Log gets refused and failed connections at debug level; nil discards.
+	Log *slog.Logger
+}
+
+// Network is the network of one shed. All methods may be called concurrently.
+type Network struct {
+	policy Policy
+	local  localAddrs
+	log    *slog.Logger
+
+	stack *stack.Stack
+	link  *channel.Endpoint
+
+	tcpSlots chan struct{}
+	flows    *flows
+	dns      *dnsServer
+
+	serving sync.Mutex // held by Serve
+
+	ctx    context.Context // done when Close begins
+	cancel context.CancelFunc
+
+	mu     sync.Mutex
+	closed bool
+	wg     sync.WaitGroup
+}
+
+// New starts a network. It fails with shed.CodeInvalid for a Config that
+// makes no sense. The caller must Close it.
+func New(cfg Config) (*Network, error) {
+	n := &Network{
+		local:    localAddrs{list: net.InterfaceAddrs},
+		log:      cfg.Log,
+		tcpSlots: make(chan struct{}, maxTCPConns),
+	}
+	if n.log == nil {
+		n.log = slog.New(slog.DiscardHandler)
+	}
+	for _, p := range cfg.AllowHostPorts {
+		if p < 1 || p > 65535 {
+			return nil, shed.Errorf(shed.CodeInvalid, "%d can't be a port that a shed may reach on its server", p).
+				WithHint("use ports from 1 to 65535")
+		}
+		n.policy.HostPorts = append(n.policy.HostPorts, uint16(p))
+	}
+	if err := n.newStack(); err != nil {
+		return nil, fmt.Errorf("start network stack: %w", err)
+	}
+	n.ctx, n.cancel = context.WithCancel(context.Background())
+	n.flows = newFlows(n)
+	fwd := tcp.NewForwarder(n.stack, 0, maxTCPDials, n.forwardTCP)
+	n.stack.SetTransportProtocolHandler(tcp.ProtocolNumber, fwd.HandlePacket)
+	n.stack.SetTransportProtocolHandler(udp.ProtocolNumber, n.flows.handleUDP)
+
+	var err error
+	if n.dns, err = newDNSServer(n.stack, cfg.Nameservers, n.log); err != nil {
+		n.Close()
+		return nil, fmt.Errorf("start DNS server: %w", err)
+	}
+	return n, nil
+}
+
+func (n *Network) newStack() error {
+	// Without this, packets to loopback addresses vanish instead of being refused.
+	ipOptions := ipv4.Options{AllowExternalLoopbackTraffic: true}
+	n.stack = stack.New(stack.Options{
+		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocolWithOptions(ipOptions), arp.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4},
+	})
+	sack := tcpip.TCPSACKEnabled(true)
+	moderate := tcpip.TCPModerateReceiveBufferOption(true)
+	recovery := tcpip.TCPRecovery(0) // RACK retransmits needlessly when ACKs come late, as they do from an emulated CPU
+	n.link = channel.New(sendQueue, MTU, linkAddr(GatewayMAC))
+	// The wire can't damage packets.
+	n.link.LinkEPCapabilities = stack.CapabilityRXChecksumOffload
+	subnet := tcpip.AddressWithPrefix{Address: tcpAddr(gatewayAddr), PrefixLen: PrefixLen}.Subnet()
+
+	var errs []error
+	check := func(what string, err tcpip.Error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %s", what, err))
+		}
+	}
+	check("TCP SACK", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &sack))
+	check("TCP buffer moderation", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &moderate))
+	check("TCP recovery", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &recovery))
+	check("network card", n.stack.CreateNIC(nicID, ethernet.New(n.link)))
+	for _, a := range []netip.Addr{gatewayAddr, hostAddr} {
+		check("address", n.stack.AddProtocolAddress(nicID, tcpip.ProtocolAddress{
+			Protocol:          ipv4.ProtocolNumber,
+			AddressWithPrefix: tcpip.AddressWithPrefix{Address: tcpAddr(a), PrefixLen: PrefixLen},
+		}, stack.AddressProperties{}))
+	}
+	check("neighbour", n.stack.AddStaticNeighbor(nicID, ipv4.ProtocolNumber, tcpAddr(guestAddr), linkAddr(GuestMAC)))
+	// The stack takes packets for every address, and answers from it.
+	check("promiscuous mode", n.stack.SetPromiscuousMode(nicID, true))
+	check("spoofing", n.stack.SetSpoofing(nicID, true))
+	n.stack.SetRouteTable([]tcpip.Route{{Destination: subnet, NIC: nicID}})
+	if len(errs) > 0 {
+		n.stack.Destroy()
+	}
+	return errors.Join(errs...)
+}
+
+// DialContext connects to the guest. The network is "tcp", the address Guest
+// and a port. The connection has CloseWrite; it breaks when n is closed.
+func (n *Network) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	ap, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return nil, fmt.Errorf("dial into the guest: %w", err)
+	}
+	if network != "tcp" || ap.Addr() != guestAddr {
+		return nil, fmt.Errorf("dial into the guest: %s %s is not TCP to %s", network, address, Guest)
+	}
+	if !n.begin() {
+		return nil, fmt.Errorf("dial into the guest: %w", net.ErrClosed)
+	}
+	defer n.wg.Done()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(n.ctx, cancel)()
+
+	from := tcpip.FullAddress{NIC: nicID, Addr: tcpAddr(gatewayAddr)}
+	to := tcpip.FullAddress{NIC: nicID, Addr: tcpAddr(guestAddr), Port: ap.Port()}
+	c, err := gonet.DialTCPWithBind(ctx, n.stack, from, to, ipv4.ProtocolNumber)
+	if err != nil {
+		return nil, fmt.Errorf("dial port %s of the guest: %w", strconv.Itoa(int(ap.Port())), err)
+	}
+	return c, nil
+}
+
+// Close ends the network: all connections, and Serve. It returns when
+// nothing of n runs any more. Calls after the first change nothing.
+func (n *Network) Close() error {
+	n.mu.Lock()
+	first := !n.closed
+	n.closed = true
+	n.mu.Unlock()
+	n.cancel()
+	n.flows.closeAll()
+	if n.dns != nil && first {
+		n.dns.close()
+	}
+
+	done := make(chan struct{})
+	go func() {
+		n.wg.Wait()
+		close(done)
+	}()
+	// Handshakes with the guest have no context: they end with their
+	// endpoints, and one may begin an endpoint after we looked.
+	for running := true; running; {
+		for _, e := range n.stack.RegisteredEndpoints() {
+			e.Abort()
+		}
+		select {
+		case <-done:
+			running = false
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	if first {
+		n.stack.Destroy()
+		n.link.Close()
+	}
+	return nil
+}
+
+// begin registers the calling goroutine with n, which then waits for its
+// n.wg.Done. It returns false once n is closed.
+func (n *Network) begin() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return false
+	}
+	n.wg.Add(1)
+	return true
+}
+
+// route applies the policy to dst.
+func (n *Network) route(dst netip.AddrPort) (netip.AddrPort, error) {
+	local, err := n.local.get()
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("list the server's addresses: %w", err)
+	}
+	return n.policy.Route(dst, local)
+}
+
+func tcpAddr(a netip.Addr) tcpip.Address { return tcpip.AddrFrom4(a.As4()) }
+
+func netipAddr(a tcpip.Address) netip.Addr { return netip.AddrFrom4(a.As4()) }
+
+func linkAddr(mac string) tcpip.LinkAddress {
+	a, err := net.ParseMAC(mac)
+	if err != nil {
+		panic(err) // only called with the constants above
+	}
+	return tcpip.LinkAddress(a)
+}

@@ -1,0 +1,88 @@
+package rootfs
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/charliek/shed"
+)
+
+// Commit makes the open temporary file f the file at path, with the given
+// mode: it syncs f, closes it, renames it over whatever is at path and syncs
+// the directory. f must be on the same file system as path. Where it fails, f is
+// closed and removed, and what was at path is still there.
+func Commit(f *os.File, path string, mode fs.FileMode) error {
+	err := f.Chmod(mode)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(noSpace(err, path), os.Remove(f.Name()))
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// discard closes and removes a temporary file that is not going to be committed.
+func discard(f *os.File) error {
+	return errors.Join(f.Close(), os.Remove(f.Name()))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// noSpace gives err the code that tells a user that the disk is full, if that
+// is what err says; path names the file that was being written.
+func noSpace(err error, path string) error {
+	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
+		return err
+	}
+	return shed.Errorf(shed.CodeNoSpace, "no space left to write %s: %w", path, err).
+		WithHint("free some space on the file system of %s; `shed system df` shows what shed uses", filepath.Dir(path))
+}
+
+// DiskUsage returns the bytes that the files at the given paths really occupy,
+// holes not counted. A file that isn't there occupies nothing.
+func DiskUsage(paths ...string) int64 {
+	var n int64
+	for _, p := range paths {
+		fi, err := os.Lstat(p)
+		if err != nil {
+			continue
+		}
+		if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+			n += st.Blocks * 512
+		}
+	}
+	return n
+}
+
+// removeTemps removes what a killed process left behind in dir.
+func removeTemps(dir string) error {
+	left, err := filepath.Glob(filepath.Join(dir, tempPrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, p := range left {
+		if err := os.Remove(p); err != nil {
+			return fmt.Errorf("removing the leftover of a killed process: %w", err)
+		}
+	}
+	return nil
+}
+
+const tempPrefix = ".tmp-"

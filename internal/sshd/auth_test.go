@@ -1,0 +1,352 @@
+package sshd
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+func TestWrongKey(t *testing.T) {
+	ts := newTestServer(t)
+	wrong, _ := ts.newKey("wrong")
+	for _, user := range []string{"box", "nope"} {
+		got := ts.run(ts.ssh(wrong, user, "127.0.0.1", "echo in"))
+		if got.stdout != "" || got.code != 255 || got.stderr != user+"@127.0.0.1: Permission denied (publickey).\r\n" {
+			t.Errorf("%s: %+v", user, got)
+		}
+	}
+}
+
+func TestKeyRemoved(t *testing.T) {
+	ts := newTestServer(t)
+	if got := ts.box("echo in"); got.stdout != "in\n" {
+		t.Fatalf("%+v", got)
+	}
+	open := ts.mustDial("box")
+	before, err := os.Stat(ts.keyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Another key in its place: neither the file's size nor its time tells.
+	other := memoryKey(t)
+	ts.authorize(string(ssh.MarshalAuthorizedKey(other.PublicKey())))
+	if err := os.Chtimes(ts.keyFile, before.ModTime(), before.ModTime()); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := os.Stat(ts.keyFile); err != nil || after.Size() != before.Size() {
+		t.Fatalf("the sizes differ: %v", err)
+	}
+	if got := ts.box("echo in"); got.stdout != "" || got.code != 255 {
+		t.Errorf("%+v", got)
+	}
+	if c, err := ts.dial("box", other); err != nil {
+		t.Errorf("the new key: %v", err)
+	} else {
+		c.Close()
+	}
+	// What is open stays so.
+	s, err := open.NewSession()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := s.Output("echo in"); string(out) != "in\n" {
+		t.Errorf("%q, %v", out, err)
+	}
+	if err := os.Remove(ts.keyFile); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := ts.dial("box", other); err == nil {
+		c.Close()
+		t.Error("in without a file")
+	}
+}
+
+func TestKeyWithoutTerminal(t *testing.T) {
+	ts := newTestServer(t)
+	key := string(ssh.MarshalAuthorizedKey(ts.signer.PublicKey()))
+	for options, terminal := range map[string]bool{"restrict": false, "no-pty": false, "restrict,pty": true, `from="10.0.0.0/8,127.0.0.1",No-X11-Forwarding`: true} {
+		ts.authorize(options + " " + key)
+		if got := ts.box("echo in"); got.stdout != "in\n" {
+			t.Errorf("%s: %+v", options, got)
+		}
+		if got := ts.box("tty", "-tt"); (got.code == 0) != terminal {
+			t.Errorf("%s with a terminal: %+v", options, got)
+		}
+	}
+}
+
+func TestTooManyKeys(t *testing.T) {
+	ts := newTestServer(t)
+	var keys []ssh.Signer
+	for range maxAuthTries {
+		keys = append(keys, memoryKey(t))
+	}
+	if c, err := ts.dial("box", append(keys[1:], ts.signer)...); err != nil {
+		t.Errorf("after %d wrong keys: %v", len(keys)-1, err)
+	} else {
+		c.Close()
+	}
+	if c, err := ts.dial("box", append(keys, ts.signer)...); err == nil {
+		c.Close()
+		t.Errorf("in after %d wrong keys", len(keys))
+	}
+}
+
+func TestSlowHandshake(t *testing.T) {
+	ts := newTestServer(t, func(s *Server) { s.handshakeTimeout = 50 * time.Millisecond })
+	conn, err := net.Dial("tcp", ts.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if b, err := io.ReadAll(conn); string(b) != "SSH-2.0-shed\r\n" {
+		t.Errorf("%q, %v", b, err)
+	}
+}
+
+// Connections that don't log in have a limit. Those that did don't count.
+func TestHandshakeLimit(t *testing.T) {
+	ts := newTestServer(t, func(s *Server) { s.maxHandshakes = 2 })
+	for range 4 {
+		// The server makes room for the next before it answers the session.
+		s, err := ts.mustDial("box").NewSession()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Close()
+	}
+	var mute []net.Conn
+	for range 2 {
+		conn, err := net.Dial("tcp", ts.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if _, err := conn.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		mute = append(mute, conn)
+	}
+	if c, err := ts.dial("box", ts.signer); err == nil {
+		c.Close()
+		t.Error("one more got in")
+	}
+	mute[0].Close()
+	for { // until the server has seen that
+		c, err := ts.dial("box", ts.signer)
+		if err == nil {
+			c.Close()
+			break
+		}
+	}
+}
+
+// A client that doesn't answer is given up, which ends its commands.
+func TestMuteClient(t *testing.T) {
+	ts := newTestServer(t, func(s *Server) { s.keepAlive = 20 * time.Millisecond })
+	nc, err := net.Dial("tcp", ts.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	conn, channels, requests, err := ssh.NewClientConn(nc, ts.addr, &ssh.ClientConfig{
+		User: "box", Auth: []ssh.AuthMethod{ssh.PublicKeys(ts.signer)}, HostKeyCallback: ssh.InsecureIgnoreHostKey(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for nch := range channels {
+			nch.Reject(ssh.Prohibited, "")
+		}
+	}()
+	var mute atomic.Bool
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for req := range requests {
+			if !mute.Load() {
+				req.Reply(false, nil)
+			}
+		}
+	}()
+	ch, reqs, err := conn.OpenChannel("session", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go ssh.DiscardRequests(reqs)
+	if ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ S string }{"sleep 100000"})); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	mute.Store(true)
+	<-ts.sheds.ended
+	<-ended
+}
+
+func TestServeEndsWithListener(t *testing.T) {
+	ts := newTestServer(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error)
+	go func() { served <- ts.Serve(t.Context(), l) }()
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+	io.Copy(io.Discard, conn) // to the connection's end
+}
+
+// keyringOf returns a keyring with one file that holds text, and its log.
+func keyringOf(t *testing.T, text string) (k *keyring, path string, logged *lockedBuffer) {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	path = filepath.Join(dir, "keys")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	logged = &lockedBuffer{}
+	return newKeyring(AuthorizedKeys{Files: []string{path}}, slog.New(slog.NewTextHandler(logged, nil))), path, logged
+}
+
+func TestKeyLines(t *testing.T) {
+	key := memoryKey(t).PublicKey()
+	other := strings.TrimSpace(string(ssh.MarshalAuthorizedKey(memoryKey(t).PublicKey())))
+	line := strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))
+	local := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1}
+	for _, c := range []struct {
+		text string
+		ok   bool
+		log  string // what the log has to say; "" for nothing
+	}{
+		{line, true, ""},
+		{line + "\r\n", true, ""},
+		{"\n# comment\n  \n\t" + line + " a comment with spaces\n", true, ""},
+		{other + "\n" + line, true, ""},
+		{other, false, ""},
+		{"", false, ""},
+		{"garbage\n" + line, true, "keys:1"},
+		{line + "\nssh-ed25519 AAAA!!!! me\n", true, "keys:2"},
+		{"ssh-rsa " + strings.Fields(line)[1], false, "keys:1"},
+		{`command="/bin/true" ` + line, false, "command"},
+		{`environment="A=B" ` + line, false, "environment"},
+		{"cert-authority " + line, false, "cert-authority"},
+		{`restrict,permitopen="a:1" ` + line, false, "permitopen"},
+		{"verify-required " + line, false, "verify-required"},
+		{`restrict="x" ` + line, false, "restrict"},
+		{`from="127.0.0.1" ` + line, true, ""},
+		{`from="::ffff:127.0.0.1" ` + line, true, ""},
+		{`FROM="127.0.0.0/8,::1" ` + line, true, ""},
+		{`from="10.0.0.1" ` + line, false, "address"},
+		{`from="10.0.0.1" ` + line + "\n" + line, true, "keys:1"},
+		{`from="127.0.0.1",from="10.0.0.1" ` + line, false, "twice"},
+		{`from="!10.0.0.1,127.0.0.1" ` + line, false, "!10.0.0.1"},
+		{`from="*.example.org" ` + line, false, "example.org"},
+		{`from="" ` + line, false, "from"},
+		{`from=127.0.0.1 ` + line, false, "quoted"},
+		{`from ` + line, false, "from"},
+		{`from="127.0.0.1 ` + line, false, "keys:1"},
+	} {
+		k, _, logged := keyringOf(t, c.text)
+		_, err := k.authorize(local, key)
+		if (err == nil) != c.ok || !strings.Contains(logged.String(), c.log) || (c.log == "") != (logged.String() == "") {
+			t.Errorf("%q: %v; logged %s", c.text, err, logged)
+		}
+	}
+}
+
+func TestCertificateRefused(t *testing.T) {
+	ca := memoryKey(t)
+	cert := &ssh.Certificate{Key: memoryKey(t).PublicKey(), CertType: ssh.UserCert, ValidBefore: ssh.CertTimeInfinity}
+	if err := cert.SignCert(nopRand{}, ca); err != nil {
+		t.Fatal(err)
+	}
+	k, _, logged := keyringOf(t, string(ssh.MarshalAuthorizedKey(cert)))
+	if _, err := k.authorize(&net.TCPAddr{}, cert); err == nil || !strings.Contains(logged.String(), "certificates") {
+		t.Errorf("%v; logged %s", err, logged)
+	}
+}
+
+type nopRand struct{}
+
+func (nopRand) Read(b []byte) (int, error) { return len(b), nil }
+
+func TestConfiguredKeys(t *testing.T) {
+	key := memoryKey(t).PublicKey()
+	logged := &lockedBuffer{}
+	k := newKeyring(AuthorizedKeys{Lines: []string{"garbage", string(ssh.MarshalAuthorizedKey(key))}},
+		slog.New(slog.NewTextHandler(logged, nil)))
+	if _, err := k.authorize(&net.TCPAddr{}, key); err != nil {
+		t.Error(err)
+	}
+	if !strings.Contains(logged.String(), "configured key 1") {
+		t.Errorf("logged %s", logged)
+	}
+}
+
+func TestKeyFileOfOthers(t *testing.T) {
+	key := memoryKey(t).PublicKey()
+	k, path, logged := keyringOf(t, string(ssh.MarshalAuthorizedKey(key)))
+	try := func(what, reason string) {
+		t.Helper()
+		before := len(logged.String())
+		for range 2 { // said once
+			if _, err := k.authorize(&net.TCPAddr{}, key); (err == nil) != (reason == "") {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+		said := logged.String()[before:]
+		if reason != "" && (strings.Count(said, "\n") != 1 || !strings.Contains(said, reason) || !strings.Contains(said, path)) {
+			t.Errorf("%s: logged %s", what, said)
+		}
+	}
+	chmod := func(path string, mode os.FileMode) {
+		t.Helper()
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	try("fine", "")
+	for _, mode := range []os.FileMode{0o620, 0o602} {
+		chmod(path, mode)
+		try(mode.String(), fmt.Sprintf("mode %04o", mode))
+		chmod(path, 0o644)
+		try("fine again", "")
+	}
+	chmod(filepath.Dir(path), 0o770)
+	try("directory", "its directory")
+	chmod(filepath.Dir(path), 0o700)
+	try("fine again", "")
+	if err := os.Truncate(path, maxKeyFile+1); err != nil {
+		t.Fatal(err)
+	}
+	try("too long", "longer than")
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	try("directory instead of a file", "not a regular file")
+}

@@ -1,0 +1,102 @@
+package qemu
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+)
+
+// qmp is a connection to QEMU's control socket, as described in QEMU's docs/interop/qmp-spec.
+type qmp struct {
+	conn net.Conn
+	done chan struct{} // closed when the connection has ended
+
+	sendMu  sync.Mutex // one command at a time
+	replies chan qmpMessage
+
+	mu     sync.Mutex
+	reason string // of the last SHUTDOWN event
+	panic  bool   // GUEST_PANICKED was seen
+}
+
+type qmpMessage struct {
+	Greeting json.RawMessage `json:"QMP"`
+	Return   json.RawMessage `json:"return"`
+	Error    *struct {
+		Desc string `json:"desc"`
+	} `json:"error"`
+	Event string `json:"event"`
+	Data  struct {
+		Reason string `json:"reason"`
+	} `json:"data"`
+}
+
+// newQMP takes over conn and negotiates.
+func newQMP(conn net.Conn) (*qmp, error) {
+	q := &qmp{conn: conn, done: make(chan struct{}), replies: make(chan qmpMessage, 1)}
+	go q.read()
+	if err := q.run("qmp_capabilities"); err != nil {
+		conn.Close()
+		<-q.done
+		return nil, err
+	}
+	return q, nil
+}
+
+func (q *qmp) read() {
+	defer close(q.done)
+	dec := json.NewDecoder(bufio.NewReader(q.conn))
+	for {
+		var m qmpMessage
+		if err := dec.Decode(&m); err != nil {
+			return
+		}
+		switch {
+		case m.Event != "":
+			q.mu.Lock()
+			switch m.Event {
+			case "SHUTDOWN":
+				q.reason = m.Data.Reason
+			case "GUEST_PANICKED":
+				q.panic = true
+			}
+			q.mu.Unlock()
+		case m.Greeting == nil:
+			select {
+			case q.replies <- m:
+			default: // the reply to a command of a client before us
+			}
+		}
+	}
+}
+
+// run executes a command without arguments.
+func (q *qmp) run(command string) error {
+	q.sendMu.Lock()
+	defer q.sendMu.Unlock()
+	select {
+	case <-q.replies: // a stale one
+	default:
+	}
+	if _, err := fmt.Fprintf(q.conn, "{\"execute\": %q}\n", command); err != nil {
+		return fmt.Errorf("QMP %s: %w", command, err)
+	}
+	select {
+	case m := <-q.replies:
+		if m.Error != nil {
+			return fmt.Errorf("QMP %s: %s", command, m.Error.Desc)
+		}
+		return nil
+	case <-q.done:
+		return fmt.Errorf("QMP %s: %w", command, errors.New("QEMU closed the connection"))
+	}
+}
+
+func (q *qmp) shutdownReason() (reason string, panicked bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.reason, q.panic
+}
