@@ -36,24 +36,23 @@ func killAll() {
 	}
 }
 
-// unmountAll unmounts what holds a file system on a disk, the last mounted first, again
-// while that makes others possible, and makes read-only what can't be unmounted.
+// oldRoot is where systemd-shutdown has put the system's root.
+const oldRoot = "/oldroot"
+
+// unmountAll unmounts all that is below systemd-shutdown's old root, the last mounted first.
+// Some can be unmounted only after others.
 func unmountAll() {
-	for range 10 {
+	const rounds = 10
+	for round := range rounds {
 		busy := false
 		for _, m := range slices.Backward(mountsOf("/proc/self/mountinfo")) {
-			switch m.fstype {
-			case "proc", "sysfs", "devtmpfs", "devpts", "rootfs":
+			if m.target != oldRoot && !strings.HasPrefix(m.target, oldRoot+"/") {
 				continue
-			case "tmpfs":
-				if m.target == "/run" || m.target == "/" || strings.HasPrefix(m.target, "/dev") {
-					continue
-				}
 			}
 			if err := unix.Unmount(m.target, 0); err != nil {
 				busy = true
-				if m.target == "/" {
-					unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+				if round == rounds-1 {
+					logf("unmounting %s: %v", m.target, err)
 				}
 			}
 		}
