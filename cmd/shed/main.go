@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/charliek/shed"
@@ -48,10 +49,12 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	if status := exitStatus(0); errors.As(err, &status) {
 		return int(status)
 	}
-	c.printError(err)
 	if !c.began {
+		c.json = c.json || slices.Contains(args, "--json") // the error may have come before it was read
+		c.printError(err)
 		return exitUsage
 	}
+	c.printError(err)
 	if c.failure != 0 {
 		return c.failure
 	}

@@ -105,6 +105,8 @@ func (a *attachment) run(passStdin bool) error {
 	output.Go(func() { outErr = a.drain(a.out, a.p.Stdout()) })
 	output.Go(func() { errErr = a.drain(a.err, a.p.Stderr()) })
 	output.Wait()
+	status, err := a.p.Wait()
+	a.p.Close() // so that no signal that is on its way is stuck
 	if sig := stopSignals(); sig != nil {
 		return exitStatus(128 + int(sig.(syscall.Signal)))
 	}
@@ -116,7 +118,6 @@ func (a *attachment) run(passStdin bool) error {
 			return err
 		}
 	}
-	status, err := a.p.Wait()
 	if err != nil {
 		return err
 	}

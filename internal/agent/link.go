@@ -61,17 +61,18 @@ func readMessage(r *bufio.Reader, magics ...string) (magic string, nonce []byte,
 		if err != nil {
 			return "", nil, 0, err
 		}
-		for _, m := range magics {
-			if bytes.HasPrefix(b, []byte(m)) {
-				nonce = bytes.Clone(b[magicLen : magicLen+nonceLen])
-				version = binary.BigEndian.Uint32(b[magicLen+nonceLen:])
-				_, err := r.Discard(messageLen)
-				return m, nonce, version, err
-			}
-		}
-		// All magics start with the same byte, which can't occur again inside one.
+		// All magics start with the same byte, which is nowhere else in a message: where
+		// it comes again, what was there before is only the start of one.
 		skip := bytes.IndexByte(b[1:], helloMagic[0])
 		if skip < 0 {
+			for _, m := range magics {
+				if bytes.HasPrefix(b, []byte(m)) {
+					nonce = bytes.Clone(b[magicLen : magicLen+nonceLen])
+					version = binary.BigEndian.Uint32(b[magicLen+nonceLen:])
+					_, err := r.Discard(messageLen)
+					return m, nonce, version, err
+				}
+			}
 			skip = len(b) - 1
 		}
 		if _, err := r.Discard(skip + 1); err != nil {
@@ -103,6 +104,10 @@ type port struct {
 }
 
 func (p port) Read(b []byte) (int, error) { return p.r.Read(b) }
+
+// SetWriteDeadline does nothing: a write waits for as long as the VM is paused, and
+// a deadline that a session sets late must not undo the one by which a guest's port is closed.
+func (p port) SetWriteDeadline(time.Time) error { return nil }
 
 // Connect performs the host's side of the handshake on conn and returns the
 // session. It waits for a guest that is still booting, until ctx is done. With resync the
@@ -137,21 +142,20 @@ func connect(conn net.Conn, r *bufio.Reader, resync bool) error {
 	for i := range nonce {
 		nonce[i] &= 0x7f // never the first byte of a magic
 	}
+	hello := message(helloMagic, nonce)
+	first := hello
 	if resync {
 		// Whatever frame the guest still waits for is completed by this, and
 		// the rest of it is no valid frame, which ends that session.
-		if _, err := conn.Write(bytes.Repeat([]byte{0xfe}, 2*maxMessage)); err != nil {
-			return err
-		}
+		first = append(bytes.Repeat([]byte{0xfe}, 2*maxMessage), hello...)
 	}
-	hello := message(helloMagic, nonce)
 	acked := make(chan struct{})
 	writer := make(chan error, 1)
 	go func() {
 		tick := time.NewTicker(helloInterval)
 		defer tick.Stop()
-		for {
-			if _, err := conn.Write(hello); err != nil {
+		for b := first; ; b = hello {
+			if _, err := conn.Write(b); err != nil {
 				conn.Close() // ends the read below too
 				writer <- err
 				return

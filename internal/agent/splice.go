@@ -17,11 +17,12 @@ func Splice(a, b net.Conn) {
 	done := make(chan error, 2)
 	go func() { done <- pipe(a, b) }()
 	go func() { done <- pipe(b, a) }()
-	if err := <-done; err != nil {
-		abort(a)
-		abort(b)
+	for range 2 {
+		if err := <-done; err != nil {
+			abort(a)
+			abort(b)
+		}
 	}
-	<-done
 	a.Close()
 	b.Close()
 }

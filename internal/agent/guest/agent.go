@@ -31,8 +31,7 @@ const (
 
 // machine is the state of the agent proper.
 type machine struct {
-	modules *loader
-	ready   *os.File // written to when the root file system is there
+	ready   *os.File // written to when the root file system is there; closed when an init may start
 	entered *os.File // at EOF when PID 1 has switched to it
 
 	mu    sync.Mutex
@@ -44,22 +43,11 @@ func runAgent() error {
 	// systemd gives every process a SIGTERM at shutdown, but spares this one by its name.
 	// All that ends it is the end of the machine.
 	signal.Ignore(unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
-	modules, err := newLoader()
-	if err != nil {
-		return err
-	}
 	m := &machine{
-		modules: modules,
 		ready:   os.NewFile(3, "ready"),
 		entered: os.NewFile(4, "entered"),
 	}
 	go m.endUserAtShutdown()
-	// What the root file system needs is loaded while the host shakes hands.
-	go modules.load("virtio_blk", "ext4", "overlay")
-	go modules.load("virtio_net")
-	if err := modules.load("virtio_mmio", "virtio_console"); err != nil {
-		return err
-	}
 	p, err := openPort("shed")
 	if err != nil {
 		return err

@@ -182,7 +182,7 @@ func lookPath(name, path, dir string) (string, error) {
 			return file, nil
 		}
 	}
-	return "", fmt.Errorf("%s: command not found in the shed: %w", name, os.ErrNotExist)
+	return "", fmt.Errorf("%s: command not found in the shed", name)
 }
 
 func executable(file string) error {

@@ -58,6 +58,13 @@ func runInit() error {
 
 func boot() error {
 	unix.Umask(0o022)
+	// Loading the modules takes longest: the rest goes on meanwhile.
+	modules, err := newLoader()
+	if err != nil {
+		return err
+	}
+	loaded := make(chan error, 1)
+	go func() { loaded <- modules.loadAll() }()
 	if err := mountAll(earlyMounts); err != nil {
 		return err
 	}
@@ -72,7 +79,8 @@ func boot() error {
 	if err := copyFile("/init", exitrdBinary, 0o755); err != nil {
 		return err
 	}
-	// ready tells that the new root is there; entered answers that / is that now.
+	// On ready the agent tells that the new root is there, and by its end that an init may
+	// start. The end of entered tells the agent that the new root is entered.
 	readyR, readyW, err := os.Pipe()
 	if err != nil {
 		return err
@@ -90,12 +98,16 @@ func boot() error {
 	if _, err := io.ReadFull(readyR, make([]byte, 1)); err != nil {
 		return errors.New("the agent ended before the root file system was ready")
 	}
-	readyR.Close()
+	if err := <-loaded; err != nil {
+		return err
+	}
 	initramfs, err := switchRoot()
 	if err != nil {
 		return fmt.Errorf("switching to the new root: %w", err)
 	}
 	enteredW.Close()
+	io.Copy(io.Discard, readyR)
+	readyR.Close()
 	if systemd, ok := findSystemd(); ok {
 		// It returns only on failure.
 		err := unix.Exec(systemd, []string{"/sbin/init"}, []string{"TERM=linux"})

@@ -54,6 +54,24 @@ func (l *loader) load(names ...string) error {
 	return nil
 }
 
+// loadAll loads all that a machine needs to become a shed.
+func (l *loader) loadAll() error {
+	groups := [][]string{
+		{"virtio_mmio", "virtio_console"},
+		{"virtio_blk", "ext4", "overlay"},
+		{"virtio_net"},
+	}
+	errs := make(chan error, len(groups))
+	for _, names := range groups {
+		go func() { errs <- l.load(names...) }()
+	}
+	var err error
+	for range groups {
+		err = errors.Join(err, <-errs)
+	}
+	return err
+}
+
 func (l *loader) insert(name string) error {
 	deps, ok := l.deps[name]
 	if !ok {

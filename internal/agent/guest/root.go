@@ -31,27 +31,42 @@ func (m *machine) runSetup(s agent.Setup) error {
 	err := setClock(s.Clock)
 	if m.setup == nil {
 		network := make(chan error, 1)
-		go func() {
-			if err := m.modules.load("virtio_net"); err != nil {
-				network <- err
-				return
-			}
-			network <- setupNetwork(s.Network)
-		}()
+		go func() { network <- setupNetwork(s.Network) }()
 		err = errors.Join(err, unix.Sethostname([]byte(s.Hostname)), m.enterRoot(s), <-network)
 	}
 	if err != nil {
 		return err
 	}
+	first := m.setup == nil
 	m.setup = &s
+	if first {
+		go m.warmUp(s)
+	}
 	return nil
+}
+
+// warmUpLimit is how long an init may be kept waiting.
+const warmUpLimit = 2 * time.Second
+
+// warmUp asks the default user's login shell for its environment, which the first
+// command needs, before an init competes for the processors.
+func (m *machine) warmUp(s agent.Setup) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if a, err := lookupUser(""); err == nil {
+			m.envs.get(a, a.baseEnv().with(s.Env...))
+		}
+	}()
+	select {
+	case <-done:
+	case <-time.After(warmUpLimit):
+	}
+	m.ready.Close()
 }
 
 // enterRoot assembles the root file system, lets PID 1 switch to it, and follows.
 func (m *machine) enterRoot(s agent.Setup) error {
-	if err := m.modules.load("virtio_blk", "ext4", "overlay"); err != nil {
-		return err
-	}
 	if err := assembleRoot(s.Layers); err != nil {
 		return err
 	}
@@ -69,7 +84,6 @@ func (m *machine) enterRoot(s agent.Setup) error {
 	if _, err := m.ready.Write([]byte{1}); err != nil {
 		return err
 	}
-	m.ready.Close()
 	io.Copy(io.Discard, m.entered)
 	m.entered.Close()
 	if err := unix.Fchdir(root); err != nil {
@@ -111,7 +125,7 @@ func assembleRoot(layers int) error {
 	if err := os.MkdirAll(sysroot, 0o755); err != nil {
 		return err
 	}
-	if err := unix.Mount("overlay", sysroot, "overlay", 0, options); err != nil {
+	if err := mountEarly("overlay", sysroot, "overlay", 0, options); err != nil {
 		return fmt.Errorf("mounting the overlay of %d layers: %w", layers, err)
 	}
 	for _, dir := range mounted {
@@ -152,13 +166,19 @@ func mountDisk(i int, dir string, flags uintptr, options string) error {
 		return err
 	}
 	disk := diskName(i)
+	if err := mountEarly(disk, dir, "ext4", flags, options); err != nil {
+		return fmt.Errorf("%s: %w", disk, err)
+	}
+	return nil
+}
+
+// mountEarly mounts what may need a disk or a module that isn't there yet.
+func mountEarly(source, dir, fstype string, flags uintptr, options string) error {
 	for deadline := time.Now().Add(deviceTimeout); ; time.Sleep(devicePoll) {
-		err := unix.Mount(disk, dir, "ext4", flags, options)
-		if err == nil {
-			return nil
-		}
-		if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENXIO) || time.Now().After(deadline) {
-			return fmt.Errorf("%s: %w", disk, err)
+		err := unix.Mount(source, dir, fstype, flags, options)
+		early := errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV)
+		if !early || time.Now().After(deadline) {
+			return err
 		}
 	}
 }

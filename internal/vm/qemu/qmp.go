@@ -7,12 +7,15 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"time"
 )
 
 // qmp is a connection to QEMU's control socket, as described in QEMU's docs/interop/qmp-spec.
 type qmp struct {
 	conn net.Conn
 	done chan struct{} // closed when the connection has ended
+
+	wg      sync.WaitGroup // of resumes
 
 	sendMu  sync.Mutex // one command at a time
 	replies chan qmpMessage
@@ -47,6 +50,7 @@ func newQMP(conn net.Conn) (*qmp, error) {
 }
 
 func (q *qmp) read() {
+	defer q.wg.Wait()
 	defer close(q.done)
 	dec := json.NewDecoder(bufio.NewReader(q.conn))
 	for {
@@ -64,12 +68,29 @@ func (q *qmp) read() {
 				q.panic = true
 			}
 			q.mu.Unlock()
+			if m.Event == "STOP" {
+				q.wg.Go(q.resume)
+			}
 		case m.Greeting == nil:
 			select {
 			case q.replies <- m:
 			default: // the reply to a command of a client before us
 			}
 		}
+	}
+}
+
+// resumeInterval is how often a machine is tried to be continued that QEMU has stopped.
+const resumeInterval = 2 * time.Second
+
+// resume continues a machine that QEMU stopped because the host's disk is full: its writes are
+// repeated then, and if there still is no space it stops again. Nothing is lost.
+func (q *qmp) resume() {
+	select {
+	case <-q.done:
+	case <-time.After(resumeInterval):
+		// An error means that the connection has ended, which is seen elsewhere.
+		_ = q.run("cont")
 	}
 }
 
