@@ -42,6 +42,10 @@ const MaxFrame = 64 << 10
 
 const frameHeader = 5
 
+// OutputSize is how much output is best sent in a frame, in bytes: it fills a
+// message of the link.
+const OutputSize = maxMessage - sessionHeader - frameHeader
+
 // FrameWriter writes frames. It is safe for concurrent use.
 type FrameWriter struct {
 	mu  sync.Mutex

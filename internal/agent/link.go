@@ -42,9 +42,16 @@ const (
 
 	helloInterval = 50 * time.Millisecond
 
-	// maxMessage bounds the payload of a session's frames, in bytes. The longest that can
-	// be cut off decides how much padding a resynchronisation needs.
-	maxMessage = 64 << 10
+	// maxMessage bounds the payload of a session's frames, in bytes. With yamux's header of
+	// 12 bytes it is what Linux takes in one write to a virtio port. The longest
+	// that can be cut off decides how much padding a resynchronisation needs.
+	maxMessage = 32<<10 - 12
+
+	// A new host first sends resyncLen times resyncByte. Wherever the old session was cut off,
+	// that ends it: as every frame begins with another byte, no session has
+	// maxMessage of these in a row.
+	resyncByte = 0xfe
+	resyncLen  = 2 * maxMessage
 )
 
 func message(magic string, nonce []byte) []byte {
@@ -100,14 +107,32 @@ func sessionConfig() *yamux.Config {
 // port is a connection whose reads go through the buffer that the handshake may have filled.
 type port struct {
 	net.Conn
-	r *bufio.Reader
+	r   *bufio.Reader
+	run int // how many of the bytes read last are resyncByte
 }
 
-func (p port) Read(b []byte) (int, error) { return p.r.Read(b) }
+// errResync ends a session whose host has been replaced.
+var errResync = errors.New("another host has taken over")
+
+func (p *port) Read(b []byte) (int, error) {
+	// Short enough that resyncLen bytes contain one whole read after the run is too long.
+	n, err := p.r.Read(b[:min(len(b), (resyncLen-maxMessage)/2)])
+	i := n
+	for i > 0 && b[i-1] == resyncByte {
+		i--
+	}
+	if i > 0 {
+		p.run = 0
+	}
+	if p.run += n - i; p.run >= maxMessage {
+		return 0, errResync
+	}
+	return n, err
+}
 
 // SetWriteDeadline does nothing: a write waits for as long as the VM is paused, and
 // a deadline that a session sets late must not undo the one by which a guest's port is closed.
-func (p port) SetWriteDeadline(time.Time) error { return nil }
+func (p *port) SetWriteDeadline(time.Time) error { return nil }
 
 // Connect performs the host's side of the handshake on conn and returns the
 // session. It waits for a guest that is still booting, until ctx is done. With resync the
@@ -129,7 +154,7 @@ func Connect(ctx context.Context, conn net.Conn, resync bool) (*Client, error) {
 		}
 		return nil, fmt.Errorf("the link to the agent: %w", err)
 	}
-	s, err := yamux.Client(port{Conn: conn, r: r}, sessionConfig(), nil)
+	s, err := yamux.Client(&port{Conn: conn, r: r}, sessionConfig(), nil)
 	if err != nil {
 		return nil, fmt.Errorf("the link to the agent: %w", err)
 	}
@@ -145,9 +170,7 @@ func connect(conn net.Conn, r *bufio.Reader, resync bool) error {
 	hello := message(helloMagic, nonce)
 	first := hello
 	if resync {
-		// Whatever frame the guest still waits for is completed by this, and
-		// the rest of it is no valid frame, which ends that session.
-		first = append(bytes.Repeat([]byte{0xfe}, 2*maxMessage), hello...)
+		first = append(bytes.Repeat([]byte{resyncByte}, resyncLen), hello...)
 	}
 	acked := make(chan struct{})
 	writer := make(chan error, 1)
@@ -204,7 +227,7 @@ func Accept(conn net.Conn, r *bufio.Reader) (*yamux.Session, error) {
 			}
 			acked = nonce
 		case magic == startMagic && bytes.Equal(nonce, acked):
-			return yamux.Server(port{Conn: conn, r: r}, sessionConfig(), nil)
+			return yamux.Server(&port{Conn: conn, r: r}, sessionConfig(), nil)
 		}
 	}
 }

@@ -164,6 +164,10 @@ func (n *Network) newStack() error {
 	sack := tcpip.TCPSACKEnabled(true)
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
 	recovery := tcpip.TCPRecovery(0) // RACK retransmits needlessly when ACKs come late, as they do from an emulated CPU
+	// Segments can't come late on a wire that keeps their order. And while an
+	// old connection waits for them, the stack ignores the guest's
+	// attempts to make a new one from the same port.
+	timeWait := tcpip.TCPTimeWaitTimeoutOption(time.Millisecond)
 	n.link = channel.New(sendQueue, MTU, linkAddr(GatewayMAC))
 	// The wire can't damage packets.
 	n.link.LinkEPCapabilities = stack.CapabilityRXChecksumOffload
@@ -178,6 +182,7 @@ func (n *Network) newStack() error {
 	check("TCP SACK", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &sack))
 	check("TCP buffer moderation", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &moderate))
 	check("TCP recovery", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &recovery))
+	check("TCP TIME-WAIT", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &timeWait))
 	check("network card", n.stack.CreateNIC(nicID, ethernet.New(n.link)))
 	for _, a := range []netip.Addr{gatewayAddr, hostAddr} {
 		check("address", n.stack.AddProtocolAddress(nicID, tcpip.ProtocolAddress{

@@ -32,7 +32,7 @@ var errBusy = errors.New("the network is connected to a machine already")
 // is that of QEMU's "-netdev stream": a frame's length as 4 bytes, big-endian,
 // then the ethernet frame.
 //
-// It returns nil when the other end closed conn, and ctx.Err() or net.ErrClosed when
+// It returns nil when the other end closed conn, and ctx's cause or net.ErrClosed when
 // that was the reason. It may then be called again with a new conn:
 // connections survive that. One call at a time; others fail.
 func (n *Network) Serve(ctx context.Context, conn net.Conn) error {

@@ -219,6 +219,29 @@ func socketError(c *net.TCPConn) error {
 	return err
 }
 
+// A guest may use a port again as soon as the host has closed its connection.
+func TestTCPSamePort(t *testing.T) {
+	port := serveTCP(t, func(*net.TCPConn) {})
+	_, g := start(t, Config{AllowHostPorts: []int{port}})
+	from := tcpip.FullAddress{NIC: 1, Addr: tcpAddr(guestAddr), Port: 5000}
+	to := tcpip.FullAddress{NIC: 1, Addr: tcpAddr(hostAddr), Port: uint16(port)}
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		c, err := gonet.DialTCPWithBind(ctx, g.stack, from, to, ipv4.ProtocolNumber)
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadAll(c); err != nil {
+			t.Error(err)
+		}
+		c.Close()
+		for len(g.stack.RegisteredEndpoints()) > 0 || len(g.stack.CleanupEndpoints()) > 0 {
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
+
 func TestTCPMany(t *testing.T) {
 	port := serveTCP(t, echo)
 	_, g := start(t, Config{AllowHostPorts: []int{port}})

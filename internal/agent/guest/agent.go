@@ -33,6 +33,7 @@ const (
 type machine struct {
 	ready   *os.File // written to when the root file system is there; closed when an init may start
 	entered *os.File // at EOF when PID 1 has switched to it
+	cgroup  string   // that commands run in; "" means the agent's own
 
 	mu    sync.Mutex
 	setup *agent.Setup // nil before the first
@@ -41,11 +42,13 @@ type machine struct {
 
 func runAgent() error {
 	// systemd gives every process a SIGTERM at shutdown, but spares this one by its name.
-	// All that ends it is the end of the machine.
-	signal.Ignore(unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
+	// All that ends it is the end of the machine. The signals are caught and dropped, not
+	// ignored: commands would inherit that.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
 	m := &machine{
 		ready:   os.NewFile(3, "ready"),
 		entered: os.NewFile(4, "entered"),
+		cgroup:  userCgroup,
 	}
 	go m.endUserAtShutdown()
 	p, err := openPort("shed")
@@ -131,7 +134,17 @@ func (m *machine) powerOff() error {
 	if _, ok := findSystemd(); ok {
 		sig = unix.Signal(34 + 4) // SIGRTMIN+4: see systemd(1)
 	}
-	return unix.Kill(1, sig)
+	if err := unix.Kill(1, sig); err != nil {
+		return err
+	}
+	// An init that is only just starting drops the signal. To get it again does no harm.
+	go func() {
+		for {
+			time.Sleep(time.Second)
+			unix.Kill(1, sig)
+		}
+	}()
+	return nil
 }
 
 // endUserAtShutdown ends the sessions' processes when the shutdown was asked for inside.

@@ -61,13 +61,15 @@ func (m *machine) run(s *agent.Stream, frames *agent.FrameWriter, c shed.Command
 		}
 		return shed.ExitStatus{Code: code, Error: err.Error()}, nil
 	}
-	cgroup, err := os.Open(userCgroup)
-	if err != nil {
-		return shed.ExitStatus{}, err
+	if m.cgroup != "" {
+		cgroup, err := os.Open(m.cgroup)
+		if err != nil {
+			return shed.ExitStatus{}, err
+		}
+		defer cgroup.Close()
+		cmd.SysProcAttr.UseCgroupFD = true
+		cmd.SysProcAttr.CgroupFD = int(cgroup.Fd())
 	}
-	defer cgroup.Close()
-	cmd.SysProcAttr.UseCgroupFD = true
-	cmd.SysProcAttr.CgroupFD = int(cgroup.Fd())
 
 	p := &running{cmd: cmd, frames: frames}
 	if c.TTY != nil {
@@ -216,6 +218,9 @@ type running struct {
 	outputs []*output
 }
 
+// pipeSize is what the pipes to and from commands hold, in bytes.
+const pipeSize = 1 << 20
+
 // output is a stream from the command to the host.
 type output struct {
 	file *os.File
@@ -251,7 +256,7 @@ func (p *running) startPipes() error {
 		} else {
 			ends[i] = [2]*os.File{w, r}
 		}
-		unix.FcntlInt(r.Fd(), unix.F_SETPIPE_SZ, 1<<20)
+		unix.FcntlInt(r.Fd(), unix.F_SETPIPE_SZ, pipeSize)
 		// Fd made it blocking, which would keep deadlines from working.
 		unix.SetNonblock(int(r.Fd()), i != 0)
 	}
@@ -278,7 +283,7 @@ func (p *running) carry(f *os.File, t agent.FrameType) {
 	o := &output{file: f, done: make(chan error, 1)}
 	p.outputs = append(p.outputs, o)
 	go func() {
-		buf := make([]byte, agent.MaxFrame)
+		buf := make([]byte, agent.OutputSize)
 		for {
 			n, err := f.Read(buf)
 			if n > 0 {
@@ -299,14 +304,15 @@ func (p *running) carry(f *os.File, t agent.FrameType) {
 	}()
 }
 
-// rest sends what is in f now. What a process in the background writes later is nobody's.
+// rest sends what is in f now: no more than it holds, as a process in the background may
+// write without end. What that writes later is nobody's.
 func (p *running) rest(f *os.File, t agent.FrameType, buf []byte) error {
 	f.SetReadDeadline(time.Time{})
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return err
 	}
-	for {
+	for left := pipeSize; left > 0; {
 		var n int
 		var rerr error
 		if err := raw.Read(func(fd uintptr) bool {
@@ -318,7 +324,9 @@ func (p *running) rest(f *os.File, t agent.FrameType, buf []byte) error {
 		if err := p.frames.Write(t, buf[:n]); err != nil {
 			return err
 		}
+		left -= n
 	}
+	return nil
 }
 
 // drain sends what the ended command has left in its streams.

@@ -76,6 +76,9 @@ func (m *machine) enterRoot(s agent.Setup) error {
 	if err := writeIdentity(s); err != nil {
 		return err
 	}
+	if err := keepTmp(); err != nil {
+		return err
+	}
 	root, err := unix.Open(sysroot, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
@@ -134,6 +137,23 @@ func assembleRoot(layers int) error {
 		}
 	}
 	return nil
+}
+
+// keepTmp keeps systemd from emptying /tmp and from mounting another file system there: when it
+// comes to that, commands use it already. /run is the one that the new root gets.
+func keepTmp() error {
+	if err := os.MkdirAll("/run/tmpfiles.d", 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile("/run/tmpfiles.d/tmp.conf", []byte("d /tmp 1777 root root\nd /var/tmp 1777 root root\n"), 0o644); err != nil {
+		return err
+	}
+	// Not in /run/systemd/system: programs take that for the sign that systemd runs.
+	const units = "/run/systemd/system.control"
+	if err := os.MkdirAll(units, 0o755); err != nil {
+		return err
+	}
+	return os.Symlink(os.DevNull, units+"/tmp.mount")
 }
 
 func mountModules() error {

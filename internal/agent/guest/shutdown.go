@@ -69,8 +69,12 @@ func mountsOf(file string) []mount {
 	if err != nil {
 		return nil
 	}
+	return parseMounts(string(b))
+}
+
+func parseMounts(mountinfo string) []mount {
 	var mounts []mount
-	for line := range strings.Lines(string(b)) {
+	for line := range strings.Lines(mountinfo) {
 		before, after, ok := strings.Cut(line, " - ")
 		head, tail := strings.Fields(before), strings.Fields(after)
 		if !ok || len(head) < 5 || len(tail) < 2 {

@@ -15,7 +15,7 @@ type qmp struct {
 	conn net.Conn
 	done chan struct{} // closed when the connection has ended
 
-	wg      sync.WaitGroup // of resumes
+	wg sync.WaitGroup // of resumes
 
 	sendMu  sync.Mutex // one command at a time
 	replies chan qmpMessage
