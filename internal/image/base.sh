@@ -14,6 +14,16 @@ for unit in getty@tty1.service serial-getty@ttyS0.service e2scrub_reap.service \
 	ln -sf /dev/null "$root/etc/systemd/system/$unit"
 done
 
+# A journal file is allocated whole, 8 MB at first and one more for each user: that would be
+# most of what a new machine's disk takes.
+mkdir -p "$root/etc/systemd/journald.conf.d"
+cat >"$root/etc/systemd/journald.conf.d/shed.conf" <<END
+[Journal]
+SystemMaxFileSize=1M
+SystemMaxUse=64M
+SplitMode=none
+END
+
 # What belongs to one machine: each makes its own ID and is told its name and name servers.
 : >"$root/etc/machine-id"
 rm -f "$root/var/lib/dbus/machine-id" "$root/etc/hostname" "$root/etc/resolv.conf"

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -30,6 +31,11 @@ func (b *bench) idle(watch time.Duration) error {
 		return err
 	}
 	row("idle shed: share of one CPU, keeper and QEMU", fmt.Sprintf("%.2f %%", 100*(after-before).Seconds()/watch.Seconds()), "over "+watch.String(), "")
+	x, err := b.client.Get(context.Background(), "x")
+	if err != nil {
+		return err
+	}
+	row("disk of a shed that has started all its services", fmt.Sprintf("%.2f MB", float64(x.DiskUsed)/1e6), "after 256 MB through exec and the other measurements", "4 MB")
 	var sum, guest int64
 	for _, pid := range pids {
 		s, g, err := memory(pid)

@@ -16,9 +16,7 @@ import (
 )
 
 func main() {
-	if err := run(); err != nil {
-		os.Stderr.WriteString(err.Error() + "\n")
-	}
+	os.Stderr.WriteString(run().Error() + "\n") // it ends only by failing
 	unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }
 
