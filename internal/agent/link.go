@@ -42,10 +42,10 @@ const (
 
 	helloInterval = 50 * time.Millisecond
 
-	// maxMessage bounds the payload of a session's frames, in bytes. With yamux's header of
-	// 12 bytes it is what Linux takes in one write to a virtio port. The longest
-	// that can be cut off decides how much padding a resynchronisation needs.
-	maxMessage = 32<<10 - 12
+	// maxMessage bounds a session's frames, in bytes, of which sessionHeader are the header. It
+	// is what Linux takes in one write to a virtio port.
+	maxMessage    = 32 << 10
+	sessionHeader = 12
 
 	// A new host first sends resyncLen times resyncByte. Wherever the old session was cut off,
 	// that ends it: as every frame begins with another byte, no session has

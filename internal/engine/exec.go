@@ -21,6 +21,7 @@ import (
 	"github.com/charliek/shed/internal/agent"
 	"github.com/charliek/shed/internal/keeper"
 	"github.com/charliek/shed/internal/state"
+	"github.com/charliek/shed/internal/vm"
 )
 
 func (e *Engine) Exec(ctx context.Context, name string, cmd shed.Command) (net.Conn, error) {
@@ -213,7 +214,7 @@ func (e *Engine) clone(ctx context.Context, en *entry) error {
 	if status.Code != 0 {
 		said := status.Error
 		if said == "" {
-			said = lastLines(log.Name(), 5)
+			said = vm.LastLines(log.Name(), 5)
 		}
 		return shed.Errorf(shed.CodeInvalid, "cloning %s failed: %s", en.rec.Repo, said).
 			WithHint("check the URL and that the shed may read it; without --repo the shed is created empty")

@@ -6,8 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -236,28 +234,11 @@ func (e *Engine) boot(ctx context.Context, en *entry, p shed.Progress) error {
 // bootError says why a shed did not come up, with the end of its console.
 func bootError(name string, err error, console string) error {
 	msg := fmt.Sprintf("shed %q did not come up: %v", name, err)
-	if tail := lastLines(console, 12); tail != "" {
+	if tail := vm.LastLines(console, 12); tail != "" {
 		msg += "\nthe end of its console:\n" + tail
 	}
 	return (&shed.Error{Code: shed.CodeBoot, Message: msg, Err: err}).
 		WithHint("`shed-server doctor` checks what the host has to offer")
-}
-
-func lastLines(file string, n int) string {
-	f, err := os.Open(file)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	if fi, err := f.Stat(); err == nil && fi.Size() > 16<<10 {
-		f.Seek(-16<<10, io.SeekEnd)
-	}
-	b, err := io.ReadAll(f)
-	if err != nil {
-		return ""
-	}
-	lines := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(b), "\r", "")), "\n")
-	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }
 
 // keeperConfig gathers all that the machine of a shed needs.

@@ -27,7 +27,7 @@ func Commit(f *os.File, path string, mode fs.FileMode) error {
 		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
-		return errors.Join(noSpace(err, path), os.Remove(f.Name()))
+		return errors.Join(NoSpace(err, path), os.Remove(f.Name()))
 	}
 	return syncDir(filepath.Dir(path))
 }
@@ -45,9 +45,9 @@ func syncDir(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// noSpace gives err the code that tells a user that the disk is full, if that
+// NoSpace gives err the code that tells a user that the disk is full, if that
 // is what err says; path names the file that was being written.
-func noSpace(err error, path string) error {
+func NoSpace(err error, path string) error {
 	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
 		return err
 	}

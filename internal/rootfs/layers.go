@@ -133,7 +133,7 @@ func (l *Layers) lock(ctx context.Context, diffID v1.Hash) (release func(), err 
 func (l *Layers) convert(ctx context.Context, r io.Reader, declared v1.Hash) (diffID v1.Hash, path string, err error) {
 	f, err := os.CreateTemp(l.dir, tempPrefix+"layer-")
 	if err != nil {
-		return v1.Hash{}, "", noSpace(err, l.dir)
+		return v1.Hash{}, "", NoSpace(err, l.dir)
 	}
 	diffID, err = writeImage(ctx, f, r, maxImage)
 	if err == nil && declared != (v1.Hash{}) && diffID != declared {
@@ -142,7 +142,7 @@ func (l *Layers) convert(ctx context.Context, r io.Reader, declared v1.Hash) (di
 	}
 	if err != nil {
 		discard(f)
-		return v1.Hash{}, "", noSpace(err, l.dir)
+		return v1.Hash{}, "", NoSpace(err, l.dir)
 	}
 	path = l.path(diffID)
 	if err := Commit(f, path, 0o444); err != nil {

@@ -47,11 +47,11 @@ func CreateUpper(ctx context.Context, templatesDir, path string, size int64) err
 	defer template.Close()
 	f, err := createTemp(path)
 	if err != nil {
-		return fmt.Errorf("creating an upper: %w", noSpace(err, path))
+		return fmt.Errorf("creating an upper: %w", NoSpace(err, path))
 	}
 	if err := copySparse(ctx, f, template, size); err != nil {
 		discard(f)
-		return fmt.Errorf("creating an upper: %w", noSpace(err, path))
+		return fmt.Errorf("creating an upper: %w", NoSpace(err, path))
 	}
 	if err := Commit(f, path, 0o600); err != nil {
 		return fmt.Errorf("creating an upper: %w", err)
@@ -82,16 +82,16 @@ func upperTemplate(ctx context.Context, dir string, size int64) (*os.File, error
 		return nil, err
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, noSpace(err, dir)
+		return nil, NoSpace(err, dir)
 	}
 	// Others may be at it too: all make the same, and the last one stays.
 	tmp, err := os.CreateTemp(dir, tempPrefix+"upper-")
 	if err != nil {
-		return nil, noSpace(err, dir)
+		return nil, NoSpace(err, dir)
 	}
 	if err := format(ctx, mkfs, tmp, size); err != nil {
 		discard(tmp)
-		return nil, noSpace(err, path)
+		return nil, NoSpace(err, path)
 	}
 	if err := Commit(tmp, path, 0o444); err != nil {
 		return nil, err

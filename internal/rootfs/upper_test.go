@@ -134,7 +134,7 @@ func TestNoSpace(t *testing.T) {
 	}
 	defer full.Close()
 	_, err = full.WriteString("x")
-	err = noSpace(err, "/state/upper.img")
+	err = NoSpace(err, "/state/upper.img")
 	if shed.ErrorCode(err) != shed.CodeNoSpace || !strings.Contains(err.Error(), "/state/upper.img") || shed.ErrorHint(err) == "" {
 		t.Errorf("a full disk gives %v", err)
 	}

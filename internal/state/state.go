@@ -223,21 +223,14 @@ func (d *Dir) Remove(name string) error {
 func write(file string, b []byte) error {
 	f, err := os.CreateTemp(filepath.Dir(file), ".tmp-")
 	if err != nil {
-		return noSpace(err)
+		return rootfs.NoSpace(err, file)
 	}
 	if _, err := f.Write(b); err != nil {
 		f.Close()
 		os.Remove(f.Name())
-		return noSpace(err)
+		return rootfs.NoSpace(err, file)
 	}
-	return noSpace(rootfs.Commit(f, file, 0o600))
-}
-
-func noSpace(err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return shed.Errorf(shed.CodeNoSpace, "the disk is full: %w", err).WithHint("free some space, then try again")
-	}
-	return err
+	return rootfs.Commit(f, file, 0o600)
 }
 
 func syncDir(dir string) error {

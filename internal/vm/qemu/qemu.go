@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -99,7 +98,7 @@ func (d *Driver) Start(ctx context.Context, dir string, spec vm.Spec) (vm.Machin
 }
 
 func (d *Driver) startError(dir string, err error) error {
-	if said := lastLines(filepath.Join(dir, logFile), 5); said != "" {
+	if said := vm.LastLines(filepath.Join(dir, logFile), 5); said != "" {
 		return fmt.Errorf("QEMU did not start: %s", said)
 	}
 	return fmt.Errorf("QEMU did not start: %w", err)
@@ -203,7 +202,7 @@ func (m *machine) Wait(ctx context.Context) (vm.Exit, error) {
 	case reason == "guest-reset":
 		return vm.Exit{Cause: vm.Reboot}, nil
 	case reason == "":
-		detail := lastLines(filepath.Join(m.dir, logFile), 5)
+		detail := vm.LastLines(filepath.Join(m.dir, logFile), 5)
 		if detail == "" {
 			return vm.Exit{Cause: vm.Killed, Detail: "QEMU was killed"}, nil
 		}
@@ -214,24 +213,6 @@ func (m *machine) Wait(ctx context.Context) (vm.Exit, error) {
 }
 
 func (m *machine) Kill() error { return m.process.kill() }
-
-// lastLines returns the end of a text file, without what QEMU says of every end by a signal.
-func lastLines(file string, n int) string {
-	f, err := os.Open(file)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	if fi, err := f.Stat(); err == nil && fi.Size() > 8<<10 {
-		f.Seek(-8<<10, io.SeekEnd)
-	}
-	b, err := io.ReadAll(f)
-	if err != nil {
-		return ""
-	}
-	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
-	return strings.Join(lines[max(0, len(lines)-n):], "\n")
-}
 
 // processRecord names a process for as long as the machine is up: a pid may be used again.
 type processRecord struct {
