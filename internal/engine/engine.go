@@ -307,11 +307,14 @@ func (e *Engine) reasonStopped(dir string) string {
 	return "its machine ended: " + exit.Detail
 }
 
+const resumeDelay = 100 * time.Millisecond
+
 // watch notices the end of a run.
 func (e *Engine) watch(en *entry, client *keeper.Client) {
 	watched := make(chan struct{})
 	e.mu.Lock()
 	en.keeper, en.watched = client, watched
+	rec := en.rec
 	e.mu.Unlock()
 	e.wg.Go(func() {
 		defer close(watched)
@@ -324,18 +327,23 @@ func (e *Engine) watch(en *entry, client *keeper.Client) {
 				break
 			}
 			// The keeper is gone without a word: its machine may live.
-			next, err := e.resume(e.ctx, en.rec)
+			next, err := e.resume(e.ctx, rec)
 			if err != nil {
 				break
+			}
+			select {
+			case <-time.After(resumeDelay): // a keeper that ends again and again must not be a busy loop
+			case <-e.ctx.Done():
+				return
 			}
 			client = next
 			e.mu.Lock()
 			en.keeper = next
 			e.mu.Unlock()
 		}
-		reason := e.reasonStopped(e.State.Shed(en.rec.Name))
+		reason := e.reasonStopped(e.State.Shed(rec.Name))
 		if reason != "" {
-			e.Log.Warn("a shed has stopped", "shed", en.rec.Name, "reason", reason)
+			e.Log.Warn("a shed has stopped", "shed", rec.Name, "reason", reason)
 		}
 		e.mu.Lock()
 		defer e.mu.Unlock()

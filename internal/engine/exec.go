@@ -29,11 +29,11 @@ func (e *Engine) Exec(ctx context.Context, name string, cmd shed.Command) (net.C
 		return nil, err
 	}
 	for tries := 0; ; tries++ {
-		en, client, err := e.running(ctx, name)
+		rec, client, err := e.running(ctx, name)
 		if err != nil {
 			return nil, err
 		}
-		conn, err := e.execOn(ctx, en, client, cmd)
+		conn, err := e.execOn(ctx, rec, client, cmd)
 		if err == nil || tries > 2 || ctx.Err() != nil {
 			return conn, err
 		}
@@ -46,33 +46,34 @@ func (e *Engine) Exec(ctx context.Context, name string, cmd shed.Command) (net.C
 }
 
 // running returns the keeper of a shed, which it starts if it is stopped.
-func (e *Engine) running(ctx context.Context, name string) (*entry, *keeper.Client, error) {
+func (e *Engine) running(ctx context.Context, name string) (state.Record, *keeper.Client, error) {
+	var none state.Record
 	e.mu.Lock()
 	en, ok := e.sheds[name]
 	if ok && en.status == shed.StatusRunning && en.keeper != nil {
 		defer e.mu.Unlock()
-		return en, en.keeper, nil
+		return en.rec, en.keeper, nil
 	}
 	e.mu.Unlock()
 	en, err := e.acquire(ctx, name)
 	if err != nil {
-		return nil, nil, err
+		return none, nil, err
 	}
 	defer en.release()
 	if err := e.start(ctx, en, nil); err != nil {
-		return nil, nil, err
+		return none, nil, err
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if en.keeper == nil {
-		return nil, nil, shed.Errorf(shed.CodeConflict, "shed %q has stopped: %s", name, en.reason)
+		return none, nil, shed.Errorf(shed.CodeConflict, "shed %q has stopped: %s", name, en.reason)
 	}
-	return en, en.keeper, nil
+	return en.rec, en.keeper, nil
 }
 
 // execOn starts a command and leaves the exec protocol to the caller.
-func (e *Engine) execOn(ctx context.Context, en *entry, client *keeper.Client, cmd shed.Command) (net.Conn, error) {
-	env, err := e.environment(en.rec)
+func (e *Engine) execOn(ctx context.Context, rec state.Record, client *keeper.Client, cmd shed.Command) (net.Conn, error) {
+	env, err := e.environment(rec)
 	if err != nil {
 		return nil, err
 	}
@@ -180,12 +181,18 @@ func parseRepo(repo string) (cloneURL, dir string, err error) {
 
 // clone clones the shed's repository into its workspace.
 func (e *Engine) clone(ctx context.Context, en *entry) error {
+	e.mu.Lock()
+	client := en.keeper
+	e.mu.Unlock()
+	if client == nil {
+		return shed.Errorf(shed.CodeBoot, "shed %q stopped before its repository was cloned", en.rec.Name)
+	}
 	log, err := os.OpenFile(filepath.Join(e.State.Shed(en.rec.Name), provisionFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	conn, err := e.execOn(ctx, en, en.keeper, shed.Command{
+	conn, err := e.execOn(ctx, en.rec, client, shed.Command{
 		Args: []string{"git", "clone", "--", en.rec.Repo, en.rec.Workspace}, Dir: home,
 		Env: []string{"GIT_TERMINAL_PROMPT=0"},
 	})

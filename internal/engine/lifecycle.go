@@ -44,6 +44,18 @@ func (e *Engine) Create(ctx context.Context, opts shed.CreateOptions, p shed.Pro
 	e.mu.Unlock()
 	defer en.release()
 
+	bundle, err := e.Kernels.Default(ctx, p)
+	if err == nil {
+		rec.Kernel = bundle.ID
+		err = e.State.Create(rec)
+	}
+	if err != nil {
+		e.forget(rec.Name)
+		return nil, err
+	}
+	e.mu.Lock()
+	en.rec = rec
+	e.mu.Unlock()
 	if err := e.create(ctx, en, opts, p); err != nil {
 		// Whatever the caller's context says, nothing may stay behind.
 		if derr := e.destroy(context.WithoutCancel(ctx), rec.Name); derr != nil {
@@ -149,15 +161,7 @@ func hostMemoryMB() (int, error) {
 
 // create makes what the record describes. Whoever calls it undoes it on error.
 func (e *Engine) create(ctx context.Context, en *entry, opts shed.CreateOptions, p shed.Progress) error {
-	bundle, err := e.Kernels.Default(ctx, p)
-	if err != nil {
-		return err
-	}
 	rec := en.rec
-	rec.Kernel = bundle.ID
-	if err := e.save(en, rec); err != nil {
-		return err
-	}
 	done := p.Phase("disk", "making the disk")
 	dir := e.State.Shed(rec.Name)
 	if err := rootfs.CreateUpper(ctx, e.State.Path("templates"), filepath.Join(dir, upperFile), rec.UpperSize); err != nil {
@@ -346,6 +350,9 @@ func (e *Engine) start(ctx context.Context, en *entry, p shed.Progress) error {
 		return nil
 	case shed.StatusDamaged:
 		return damaged(en)
+	case shed.StatusStopped:
+	default:
+		return shed.Errorf(shed.CodeConflict, "shed %q can't be started: it is %s", en.rec.Name, status)
 	}
 	e.set(en, shed.StatusStarting, "")
 	if err := e.boot(ctx, en, p); err != nil {

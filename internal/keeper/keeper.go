@@ -164,7 +164,11 @@ func (k *keeper) keep(ctx context.Context) Exit {
 func (k *keeper) run(ctx context.Context, m vm.Machine, nw *network.Network, found bool) (exit vm.Exit, up bool) {
 	k.mu.Lock()
 	k.machine = m
+	asked := k.asked
 	k.mu.Unlock()
+	if asked { // before there was a machine to end
+		m.Kill()
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()

@@ -173,16 +173,26 @@ func (d *Dir) read(name string) (Record, error) {
 	return r.Record, nil
 }
 
-// Save writes the record of a shed, making its directory where there is none.
-func (d *Dir) Save(r Record) error {
+// Create makes the directory of a new shed, with its record. It fails with
+// shed.CodeConflict, and changes nothing, if there is anything by that name.
+func (d *Dir) Create(r Record) error {
 	dir := d.Shed(r.Name)
-	if err := os.Mkdir(dir, 0o700); err == nil {
-		if err := syncDir(d.Path("sheds")); err != nil {
-			return err
-		}
-	} else if !errors.Is(err, os.ErrExist) {
+	err := os.Mkdir(dir, 0o700)
+	if errors.Is(err, os.ErrExist) {
+		return shed.Errorf(shed.CodeConflict, "%s is in the way: no shed that this server knows of has made it", dir).
+			WithHint("move it away, or restart shed-server to have it looked at")
+	}
+	if err != nil {
+		return rootfs.NoSpace(err, dir)
+	}
+	if err := syncDir(d.Path("sheds")); err != nil {
 		return err
 	}
+	return d.Save(r)
+}
+
+// Save writes the record of a shed that has a directory.
+func (d *Dir) Save(r Record) error {
 	b, err := json.MarshalIndent(struct {
 		Version int `json:"version"`
 		Record
@@ -190,7 +200,7 @@ func (d *Dir) Save(r Record) error {
 	if err != nil {
 		return err
 	}
-	return write(filepath.Join(dir, recordFile), append(b, '\n'))
+	return write(filepath.Join(d.Shed(r.Name), recordFile), append(b, '\n'))
 }
 
 // Remove removes all of a shed's files, its record last.
