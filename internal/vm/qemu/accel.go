@@ -38,7 +38,7 @@ func (a Accel) cpu() string {
 // cmdline is the kernel's command line.
 func (a Accel) cmdline() string {
 	// The guest ends QEMU by a power-off or, with -no-reboot, a reset by triple fault.
-	s := "console=" + console + " quiet reboot=t panic=-1 rdinit=/init" + kernelArgs
+	s := "console=" + console + " quiet reboot=t panic=-1 rdinit=/init"
 	if a == TCG {
 		// Measuring the TSC against emulated timers hangs at times. Told the frequency of the
 		// time stamp counter and of the delay loop, the kernel measures nothing.

@@ -8,6 +8,3 @@ const binaryName, packageName = "qemu-system-x86_64", "qemu-system-x86"
 const console = "ttyS0"
 
 func machineType(Accel) string { return "microvm,acpi=on,rtc=on" }
-
-// kernelArgs: a microvm has no PCI, which the kernel otherwise complains about.
-const kernelArgs = " pci=off"

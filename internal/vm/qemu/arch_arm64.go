@@ -9,5 +9,3 @@ const console = "ttyAMA0"
 
 // machineType is QEMU's virt machine: microvm exists for x86 only.
 func machineType(Accel) string { return "virt,gic-version=max" }
-
-const kernelArgs = ""
