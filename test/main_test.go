@@ -48,6 +48,8 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
+	// Not all of its directories does testscript remove by itself.
+	os.Setenv("GOTMPDIR", dir)
 	// Machines outlive whatever starts them, so an interrupted test has to end its own.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()

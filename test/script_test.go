@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 )
 
 type serverKey struct{}
@@ -44,6 +45,7 @@ func TestScripts(t *testing.T) {
 			"kill-pid-of": cmdKill,
 			"no-machine":  cmdNoMachine,
 			"capture":     cmdCapture,
+			"small-disk":  cmdSmallDisk,
 		},
 	})
 }
@@ -225,4 +227,18 @@ func cmdNoMachine(ts *testscript.TestScript, neg bool, args []string) {
 // cmdCapture is capture NAME, which puts the last output into a variable.
 func cmdCapture(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv(args[0], strings.TrimSpace(ts.ReadFile("stdout")))
+}
+
+// cmdSmallDisk is small-disk SIZE, which puts a file system of that size below the directory
+// of the sheds. Only root can.
+func cmdSmallDisk(ts *testscript.TestScript, neg bool, args []string) {
+	dir := filepath.Join(scriptServer(ts).state, "sheds")
+	ts.Check(os.MkdirAll(dir, 0o700))
+	ts.Check(unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0700,size="+args[0]))
+	ts.Defer(func() {
+		// What still runs there is ended after this.
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			ts.Fatalf("unmounting %s: %v", dir, err)
+		}
+	})
 }

@@ -329,6 +329,9 @@ func (e *Engine) watch(en *entry, client *keeper.Client) {
 			// The keeper is gone without a word: its machine may live.
 			next, err := e.resume(e.ctx, rec)
 			if err != nil {
+				if !errors.Is(err, keeper.ErrNotRunning) {
+					e.Log.Error("a shed's keeper has gone and can't be replaced", "shed", rec.Name, "err", err)
+				}
 				break
 			}
 			select {

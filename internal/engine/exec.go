@@ -112,6 +112,9 @@ func validateCommand(c shed.Command) error {
 	return nil
 }
 
+// maxEnvLine is how long a line of the env_file may be, in bytes: as long as Linux takes.
+const maxEnvLine = 128 << 10
+
 // environment is what every command in a shed has on top of its user's.
 func (e *Engine) environment(rec state.Record) ([]string, error) {
 	env := []string{"SHED_NAME=" + rec.Name, "SHED_WORKSPACE=" + rec.Workspace, "SHED_SERVER=" + e.ServerName}
@@ -127,6 +130,7 @@ func (e *Engine) environment(rec state.Record) ([]string, error) {
 	}
 	defer f.Close()
 	sc := bufio.NewScanner(f)
+	sc.Buffer(nil, maxEnvLine)
 	for n := 1; sc.Scan(); n++ {
 		line := strings.TrimSpace(sc.Text())
 		if line == "" || line[0] == '#' {
@@ -142,13 +146,16 @@ func (e *Engine) environment(rec state.Record) ([]string, error) {
 		}
 		env = append(env, key+"="+value)
 	}
-	return env, sc.Err()
+	if err := sc.Err(); err != nil {
+		return nil, shed.Errorf(shed.CodeInvalid, "the server's env_file %s: %w", e.EnvFile, err)
+	}
+	return env, nil
 }
 
 var (
 	shortRepo = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+$`)
 	scpRepo   = regexp.MustCompile(`^[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:[^\s]+$`)
-	repoDir   = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._-]*$`)
+	repoDir   = regexp.MustCompile(`^\.?[A-Za-z0-9_][A-Za-z0-9._-]*$`)
 )
 
 // parseRepo returns the URL to clone and the name of the directory that git makes of it.
@@ -162,7 +169,7 @@ func parseRepo(repo string) (cloneURL, dir string, err error) {
 		cloneURL = repo
 	default:
 		u, perr := url.Parse(repo)
-		if perr != nil || u.Host == "" || strings.HasPrefix(u.Host, "-") {
+		if perr != nil || u.Host == "" || strings.HasPrefix(u.Host, "-") || strings.Trim(u.Path, "/") == "" {
 			return "", "", bad
 		}
 		switch u.Scheme {
@@ -173,7 +180,7 @@ func parseRepo(repo string) (cloneURL, dir string, err error) {
 		cloneURL = repo
 	}
 	dir = strings.TrimSuffix(path.Base(strings.TrimRight(cloneURL[strings.LastIndex(cloneURL, ":")+1:], "/")), ".git")
-	if !repoDir.MatchString(dir) {
+	if !repoDir.MatchString(dir) || dir == ".git" {
 		return "", "", bad
 	}
 	return cloneURL, dir, nil

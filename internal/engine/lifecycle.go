@@ -238,7 +238,7 @@ func (e *Engine) boot(ctx context.Context, en *entry, p shed.Progress) error {
 // bootError says why a shed did not come up, with the end of its console.
 func bootError(name string, err error, console string) error {
 	msg := fmt.Sprintf("shed %q did not come up: %v", name, err)
-	if tail := vm.LastLines(console, 12); tail != "" {
+	if tail := vm.LastLines(console, 20); tail != "" {
 		msg += "\nthe end of its console:\n" + tail
 	}
 	return (&shed.Error{Code: shed.CodeBoot, Message: msg, Err: err}).

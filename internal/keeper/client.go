@@ -81,7 +81,7 @@ func spawn(program, dir string, lock *os.File) (*Client, error) {
 	cmd := exec.Command(program, "keep", dir)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.ExtraFiles = []*os.File{lock}
+	cmd.ExtraFiles = []*os.File{lock} // lockFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("starting the keeper: %w", err)

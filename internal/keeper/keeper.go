@@ -78,6 +78,8 @@ type keeper struct {
 // that the configuration names. The lock on the run directory is inherited from the server.
 func Run(ctx context.Context, dir string, newDriver func(Config) (vm.Driver, error)) error {
 	run := filepath.Join(dir, RunDir)
+	// The machine's monitor, which outlives its keeper, must not inherit the lock.
+	unix.CloseOnExec(lockFD)
 	// Sockets and the driver's files are named relative to it: paths of sockets are short.
 	if err := os.Chdir(run); err != nil {
 		return err
@@ -352,6 +354,11 @@ func (k *keeper) isAsked() bool {
 	return k.asked
 }
 
+// lockFD is the descriptor of the lock in a keeper.
+const lockFD = 3
+
+const lockPatience = 2 * time.Second
+
 // lock takes the lock on a run directory. It is held by whoever has the file open: the
 // server while it starts a keeper, and then the keeper, which inherits it.
 func lock(run string) (*os.File, error) {
@@ -359,9 +366,16 @@ func lock(run string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return nil, err
+	// A keeper that is killed lets go of the lock only after its sockets, and who looks
+	// for a keeper holds it for a moment.
+	for deadline := time.Now().Add(lockPatience); ; time.Sleep(time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(deadline) {
+			f.Close()
+			return nil, err
+		}
 	}
-	return f, nil
 }

@@ -71,7 +71,9 @@ func (k *keeper) answer(conn net.Conn) {
 		r.Exit = &k.exit
 		k.mu.Unlock()
 	case req.Open:
-		stream, err := k.open()
+		ctx, cancel := context.WithTimeout(context.Background(), k.cfg.BootTimeout)
+		stream, err := k.openWait(ctx)
+		cancel()
 		if err != nil {
 			r.Error = err.Error()
 			break
@@ -98,6 +100,25 @@ func (k *keeper) open() (*agent.Stream, error) {
 	return client.Open(context.Background())
 }
 
+// openWait is open, but waits: the machine may be coming up, for the first time or again.
+func (k *keeper) openWait(ctx context.Context) (*agent.Stream, error) {
+	for {
+		stream, err := k.open()
+		if err == nil {
+			return stream, nil
+		}
+		select {
+		case <-time.After(openInterval):
+		case <-k.ended:
+			return nil, err
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
+}
+
+const openInterval = 10 * time.Millisecond
+
 // stop ends the machine and returns when it has ended, and whether force was needed.
 func (k *keeper) stop(grace time.Duration) (forced bool) {
 	k.mu.Lock()
@@ -106,7 +127,7 @@ func (k *keeper) stop(grace time.Duration) (forced bool) {
 	k.mu.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), grace)
 	defer cancel()
-	if stream, err := k.open(); err == nil && grace > 0 {
+	if stream, err := k.openWait(ctx); err == nil && grace > 0 {
 		if err := agent.Call(ctx, stream, agent.Request{PowerOff: &agent.PowerOff{}}); err != nil {
 			k.log.Warn("asking the shed to power off", "err", err)
 		} else {

@@ -152,25 +152,34 @@ func (d *Dir) Load() (records []Record, damaged []Damaged, err error) {
 }
 
 func (d *Dir) read(name string) (Record, error) {
-	var r struct {
-		Version int `json:"version"`
-		Record
-	}
 	file := filepath.Join(d.Shed(name), recordFile)
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return Record{}, err
 	}
+	return parse(b, file, name)
+}
+
+// parse reads the record of the shed called name, which is in file.
+func parse(b []byte, file, name string) (Record, error) {
+	var r struct {
+		Version int `json:"version"`
+		Record
+	}
 	if err := json.Unmarshal(b, &r); err != nil {
 		return Record{}, fmt.Errorf("%s is damaged: %w", file, err)
 	}
-	switch {
-	case r.Version > Version:
+	if r.Version > Version {
 		return Record{}, fmt.Errorf("%s was written by a newer shed-server (version %d)", file, r.Version)
-	case r.Name != name || r.ImageDigest == "" || r.Phase == "":
+	}
+	if r.Version < 1 || r.Name != name || r.ImageDigest == "" {
 		return Record{}, fmt.Errorf("%s is damaged: it isn't the record of %s", file, name)
 	}
-	return r.Record, nil
+	switch r.Phase {
+	case Creating, Ready, Deleting:
+		return r.Record, nil
+	}
+	return Record{}, fmt.Errorf("%s is damaged: it has the phase %q", file, r.Phase)
 }
 
 // Create makes the directory of a new shed, with its record. It fails with

@@ -76,7 +76,8 @@ func parseMounts(mountinfo string) []mount {
 	var mounts []mount
 	for line := range strings.Lines(mountinfo) {
 		before, after, ok := strings.Cut(line, " - ")
-		head, tail := strings.Fields(before), strings.Fields(after)
+		// What is no space here is part of a name: the kernel escapes spaces in names.
+		head, tail := strings.Split(before, " "), strings.Split(after, " ")
 		if !ok || len(head) < 5 || len(tail) < 2 {
 			continue
 		}

@@ -18,7 +18,7 @@ import (
 
 // process is a QEMU that may be somebody else's child.
 type process struct {
-	pidfd int
+	pidfd *os.File
 	ended chan struct{} // closed when the process has ended
 }
 
@@ -77,7 +77,7 @@ func openProcess(pid int) (*process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pidfd_open of QEMU: %w", err)
 	}
-	p := &process{pidfd: fd, ended: make(chan struct{})}
+	p := &process{pidfd: os.NewFile(uintptr(fd), "pidfd"), ended: make(chan struct{})}
 	go func() {
 		defer close(p.ended)
 		for {
@@ -91,7 +91,7 @@ func openProcess(pid int) (*process, error) {
 }
 
 func (p *process) kill() error {
-	if err := unix.PidfdSendSignal(p.pidfd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+	if err := unix.PidfdSendSignal(int(p.pidfd.Fd()), unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("killing QEMU: %w", err)
 	}
 	<-p.ended

@@ -162,7 +162,7 @@ func connect(ctx context.Context, dir string, p *process) (*machine, error) {
 	for {
 		conn, err := vm.DialUnix(ctx, dir, qmpSocket)
 		if err == nil {
-			q, err := newQMP(conn)
+			q, err := newQMP(ctx, conn)
 			if err != nil {
 				return nil, err
 			}

@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -37,11 +38,17 @@ type qmpMessage struct {
 	} `json:"data"`
 }
 
-// newQMP takes over conn and negotiates.
-func newQMP(conn net.Conn) (*qmp, error) {
+// newQMP takes over conn and negotiates. QEMU talks to one client at a time: it
+// waits for another one to go, until ctx is done.
+func newQMP(ctx context.Context, conn net.Conn) (*qmp, error) {
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	q := &qmp{conn: conn, done: make(chan struct{}), replies: make(chan qmpMessage, 1)}
 	go q.read()
-	if err := q.run("qmp_capabilities"); err != nil {
+	err := q.run("qmp_capabilities")
+	if !stop() && ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	if err != nil {
 		conn.Close()
 		<-q.done
 		return nil, err

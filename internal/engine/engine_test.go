@@ -1,0 +1,445 @@
+//go:build linux
+
+package engine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/image"
+	"github.com/charliek/shed/internal/keeper"
+	"github.com/charliek/shed/internal/kernel"
+	"github.com/charliek/shed/internal/rootfs"
+	"github.com/charliek/shed/internal/state"
+	"github.com/charliek/shed/internal/vm"
+)
+
+// fakeDriver knows of machines that a test makes up, by their directory.
+type fakeDriver struct {
+	mu       sync.Mutex
+	machines map[string]*fakeMachine
+	asked    int // calls of Running
+}
+
+func (d *fakeDriver) Name() string          { return "fake" }
+func (d *fakeDriver) Features() vm.Features { return vm.Features{MaxDisks: 4} }
+func (d *fakeDriver) Start(context.Context, string, vm.Spec) (vm.Machine, error) {
+	return nil, errors.New("these tests start no machines")
+}
+
+func (d *fakeDriver) Find(_ context.Context, dir string) (vm.Machine, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if m, ok := d.machines[dir]; ok {
+		return m, nil
+	}
+	return nil, vm.ErrNotRunning
+}
+
+func (d *fakeDriver) Running(dir string) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.asked++
+	_, ok := d.machines[dir]
+	return ok
+}
+
+func (d *fakeDriver) run(dir string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.machines == nil {
+		d.machines = map[string]*fakeMachine{}
+	}
+	d.machines[dir] = &fakeMachine{driver: d, dir: dir}
+}
+
+type fakeMachine struct {
+	driver *fakeDriver
+	dir    string
+}
+
+func (m *fakeMachine) DialLink(context.Context) (net.Conn, error) { return nil, errors.ErrUnsupported }
+func (m *fakeMachine) DialNetwork(context.Context) (net.Conn, error) {
+	return nil, errors.ErrUnsupported
+}
+func (m *fakeMachine) Wait(context.Context) (vm.Exit, error) { return vm.Exit{}, errors.ErrUnsupported }
+func (m *fakeMachine) Kill() error {
+	m.driver.mu.Lock()
+	defer m.driver.mu.Unlock()
+	delete(m.driver.machines, m.dir)
+	return nil
+}
+
+// fixture is a server's state without a server.
+type fixture struct {
+	Config
+	driver *fakeDriver
+}
+
+func newFixture(t *testing.T) *fixture {
+	t.Helper()
+	dir := t.TempDir()
+	st, err := state.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { st.Close() })
+	layers, err := rootfs.OpenLayers(st.Path("layers"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	images, err := image.Open(st.Path("images"), layers)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernels, err := kernel.Open(st.Path("kernels"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	driver := &fakeDriver{}
+	return &fixture{driver: driver, Config: Config{
+		State: st, Images: images, Kernels: kernels,
+		Backends:       map[string]Backend{"fake": {Driver: driver, Image: "base", CPUs: 1, MemoryMB: 512}},
+		DefaultBackend: "fake", Program: "/bin/false", AgentBinary: "/nonexistent", ServerName: "here",
+		Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	}}
+}
+
+// engine starts an Engine on what is there.
+func (f *fixture) engine(t *testing.T) *Engine {
+	t.Helper()
+	e, err := New(t.Context(), f.Config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(e.Close)
+	return e
+}
+
+// shed makes what a shed has on disk.
+func (f *fixture) shed(t *testing.T, name string, phase state.Phase) string {
+	t.Helper()
+	err := f.State.Create(state.Record{
+		Phase: phase, Name: name, Backend: "fake", Image: "base", ImageDigest: "sha256:abc", Kernel: "k",
+		CPUs: 1, MemoryMB: 512, UpperSize: 1 << 30, Workspace: home,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := f.State.Shed(name)
+	write(t, dir+"/upper.img", "precious")
+	return dir
+}
+
+func (f *fixture) runDir(t *testing.T, dir string) string {
+	t.Helper()
+	run := filepath.Join(dir, keeper.RunDir)
+	if err := os.Mkdir(run, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return run
+}
+
+func get(t *testing.T, e *Engine, name string) *shed.Shed {
+	t.Helper()
+	s, err := e.Get(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func exists(t *testing.T, path string) bool {
+	t.Helper()
+	_, err := os.Lstat(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return err == nil
+}
+
+// What was cut off is undone or finished, with the machine that may still run for it.
+func TestReconcileRemovesWhatWasCutOff(t *testing.T) {
+	for _, phase := range []state.Phase{state.Creating, state.Deleting} {
+		t.Run(string(phase), func(t *testing.T) {
+			f := newFixture(t)
+			dir := f.shed(t, "half", phase)
+			run := f.runDir(t, dir)
+			f.driver.run(run)
+			f.shed(t, "whole", state.Ready)
+			e := f.engine(t)
+			if exists(t, dir) {
+				t.Error("its files are still there")
+			}
+			if f.driver.Running(run) {
+				t.Error("its machine still runs")
+			}
+			list, err := e.List(t.Context())
+			if err != nil || len(list) != 1 || list[0].Name != "whole" {
+				t.Errorf("%+v, %v", list, err)
+			}
+		})
+	}
+}
+
+func TestReconcileRemovesEmptyLeftovers(t *testing.T) {
+	f := newFixture(t)
+	for _, name := range []string{"empty", "temp"} {
+		if err := os.Mkdir(f.State.Shed(name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(t, f.State.Shed("temp")+"/.tmp-1", "{")
+	e := f.engine(t)
+	if list, err := e.List(t.Context()); err != nil || len(list) != 0 {
+		t.Errorf("%+v, %v", list, err)
+	}
+	for _, name := range []string{"empty", "temp"} {
+		if exists(t, f.State.Shed(name)) {
+			t.Errorf("%s is still there", name)
+		}
+	}
+}
+
+// An upper that no record accounts for is nobody's to remove but the user's.
+func TestReconcileKeepsWhatItCannotAccountFor(t *testing.T) {
+	f := newFixture(t)
+	garbage := f.shed(t, "garbage", state.Creating)
+	write(t, garbage+"/shed.json", `{"version": 1, "phase": "creating", "name"`)
+	newer := f.shed(t, "newer", state.Deleting)
+	write(t, newer+"/shed.json", `{"version": 99, "phase": "deleting", "name": "newer", "image_digest": "x"}`)
+	missing := f.shed(t, "missing", state.Ready)
+	if err := os.Remove(missing + "/shed.json"); err != nil {
+		t.Fatal(err)
+	}
+	e := f.engine(t)
+	for name, want := range map[string]string{"garbage": "is damaged", "newer": "newer shed-server", "missing": "no such file"} {
+		dir := f.State.Shed(name)
+		s := get(t, e, name)
+		if s.Status != shed.StatusDamaged || !strings.Contains(s.Reason, want) || !strings.Contains(s.Reason, dir+"/shed.json") {
+			t.Errorf("%s: %s, %q; want damaged, %q", name, s.Status, s.Reason, want)
+		}
+		for verb, do := range map[string]func() error{
+			"start": func() error { _, err := e.Start(t.Context(), name, nil); return err },
+			"stop":  func() error { _, err := e.Stop(t.Context(), name, nil); return err },
+			"reset": func() error { _, err := e.Reset(t.Context(), name); return err },
+			"exec":  func() error { _, err := e.Exec(t.Context(), name, shed.Command{Login: true}); return err },
+		} {
+			if err := do(); shed.ErrorCode(err) != shed.CodeConflict || !strings.Contains(err.Error(), "damaged") || shed.ErrorHint(err) == "" {
+				t.Errorf("%s %s: %v", verb, name, err)
+			}
+		}
+		_, err := e.Create(t.Context(), shed.CreateOptions{Name: name, Image: "sha256:abc"}, nil)
+		if err == nil {
+			t.Errorf("create %s: no error", name)
+		}
+		if b, err := os.ReadFile(dir + "/upper.img"); err != nil || string(b) != "precious" {
+			t.Fatalf("%s: its upper: %q, %v", name, b, err)
+		}
+		if err := e.Delete(t.Context(), name, nil); err != nil {
+			t.Errorf("delete %s: %v", name, err)
+		}
+		if exists(t, dir) {
+			t.Errorf("%s is still there after a delete", name)
+		}
+	}
+}
+
+func TestReconcileSaysWhyAShedIsStopped(t *testing.T) {
+	f := newFixture(t)
+	for name, tt := range map[string]struct {
+		run  bool
+		exit *keeper.Exit
+		want string
+	}{
+		"never":    {want: ""},
+		"asked":    {run: true, exit: &keeper.Exit{Exit: vm.Exit{Cause: vm.PowerOff}, Asked: true}, want: ""},
+		"forced":   {run: true, exit: &keeper.Exit{Exit: vm.Exit{Cause: vm.Killed, Detail: "x"}, Asked: true}, want: ""},
+		"itself":   {run: true, exit: &keeper.Exit{Exit: vm.Exit{Cause: vm.PowerOff}}, want: "it powered itself off"},
+		"panicked": {run: true, exit: &keeper.Exit{Exit: vm.Exit{Cause: vm.Panic}}, want: "its kernel panicked"},
+		"failed":   {run: true, exit: &keeper.Exit{Exit: vm.Exit{Cause: vm.Failed, Detail: "no memory"}}, want: "its machine ended: no memory"},
+		"killed":   {run: true, exit: &keeper.Exit{Exit: vm.Exit{Cause: vm.Killed}}, want: "its machine ended: killed"},
+		"lost":     {run: true, want: "ended from outside, or the host went down"},
+	} {
+		dir := f.shed(t, name, state.Ready)
+		if tt.run {
+			f.runDir(t, dir)
+		}
+		if tt.exit != nil {
+			b, err := json.Marshal(tt.exit)
+			if err != nil {
+				t.Fatal(err)
+			}
+			write(t, dir+"/exit.json", string(b))
+		}
+		e, err := New(t.Context(), f.Config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := get(t, e, name)
+		if s.Status != shed.StatusStopped || !strings.Contains(s.Reason, tt.want) || (tt.want == "") != (s.Reason == "") {
+			t.Errorf("%s: %s, %q; want %q", name, s.Status, s.Reason, tt.want)
+		}
+		e.Close()
+	}
+}
+
+// A machine that lost its keeper gets another one, again while it runs, and is
+// noticed to have ended.
+func TestReconcileGivesAMachineAKeeper(t *testing.T) {
+	f := newFixture(t)
+	dir := f.shed(t, "orphan", state.Ready)
+	run := f.runDir(t, dir)
+	f.driver.run(run)
+	e := f.engine(t) // its keepers end at once
+	if s := get(t, e, "orphan"); s.Status != shed.StatusRunning {
+		t.Errorf("%s, %q", s.Status, s.Reason)
+	}
+	for asked := 0; asked < 3; time.Sleep(time.Millisecond) {
+		f.driver.mu.Lock()
+		asked = f.driver.asked
+		f.driver.mu.Unlock()
+	}
+	m, err := f.driver.Find(t.Context(), run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	for get(t, e, "orphan").Status == shed.StatusRunning {
+		time.Sleep(time.Millisecond)
+	}
+	if s := get(t, e, "orphan"); s.Status != shed.StatusStopped || !strings.Contains(s.Reason, "from outside") {
+		t.Errorf("%s, %q", s.Status, s.Reason)
+	}
+}
+
+func TestNames(t *testing.T) {
+	f := newFixture(t)
+	f.shed(t, "b", state.Ready)
+	f.shed(t, "a", state.Ready)
+	e := f.engine(t)
+	list, err := e.List(t.Context())
+	if err != nil || len(list) != 2 || list[0].Name != "a" || list[1].Name != "b" || list[0].DiskUsed == 0 {
+		t.Errorf("%+v, %v", list, err)
+	}
+	for name, do := range map[string]func(string) error{
+		"get":    func(n string) error { _, err := e.Get(t.Context(), n); return err },
+		"start":  func(n string) error { _, err := e.Start(t.Context(), n, nil); return err },
+		"stop":   func(n string) error { _, err := e.Stop(t.Context(), n, nil); return err },
+		"reset":  func(n string) error { _, err := e.Reset(t.Context(), n); return err },
+		"delete": func(n string) error { return e.Delete(t.Context(), n, nil) },
+		"logs":   func(n string) error { _, err := e.Logs(t.Context(), n, false); return err },
+		"exec":   func(n string) error { _, err := e.Exec(t.Context(), n, shed.Command{Login: true}); return err },
+	} {
+		if err := do("none"); shed.ErrorCode(err) != shed.CodeNotFound || !strings.Contains(err.Error(), `"none"`) {
+			t.Errorf("%s of a shed that isn't there: %v", name, err)
+		}
+		for _, bad := range []string{"", "..", "A", "a/b", "-a"} {
+			if err := do(bad); shed.ErrorCode(err) != shed.CodeInvalid {
+				t.Errorf("%s %q: %v", name, bad, err)
+			}
+		}
+	}
+	if _, err := e.Stop(t.Context(), "a", nil); err != nil {
+		t.Errorf("stopping a stopped shed: %v", err)
+	}
+}
+
+// A create that can't be carried out leaves nothing, and says what is wrong.
+func TestCreateRefuses(t *testing.T) {
+	f := newFixture(t)
+	f.shed(t, "taken", state.Ready)
+	e := f.engine(t)
+	for name, tt := range map[string]struct {
+		opts shed.CreateOptions
+		code shed.Code
+		want string
+	}{
+		"a bad name":           {shed.CreateOptions{Name: "No"}, shed.CodeInvalid, `"No"`},
+		"no such backend":      {shed.CreateOptions{Name: "x", Backend: "vz"}, shed.CodeUnsupported, `"vz"`},
+		"too many CPUs":        {shed.CreateOptions{Name: "x", CPUs: 10_000}, shed.CodeInvalid, "10000 CPUs"},
+		"less than no CPUs":    {shed.CreateOptions{Name: "x", CPUs: -1}, shed.CodeInvalid, "-1 CPUs"},
+		"too little memory":    {shed.CreateOptions{Name: "x", MemoryMB: 255}, shed.CodeInvalid, "255 MB"},
+		"too much memory":      {shed.CreateOptions{Name: "x", MemoryMB: 1 << 40}, shed.CodeInvalid, "MB of memory"},
+		"too small a disk":     {shed.CreateOptions{Name: "x", UpperSize: 1 << 20}, shed.CodeInvalid, "1048576 bytes"},
+		"too large a disk":     {shed.CreateOptions{Name: "x", UpperSize: 1 << 50}, shed.CodeInvalid, "bytes"},
+		"no repository":        {shed.CreateOptions{Name: "x", Repo: "--upload-pack=x"}, shed.CodeInvalid, "--upload-pack=x"},
+		"no such image":        {shed.CreateOptions{Name: "x", Image: "none"}, shed.CodeNoImage, "none"},
+		"no default image yet": {shed.CreateOptions{Name: "x"}, shed.CodeNoImage, "base"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := e.Create(t.Context(), tt.opts, nil)
+			if shed.ErrorCode(err) != tt.code || !strings.Contains(err.Error(), tt.want) || shed.ErrorHint(err) == "" {
+				t.Errorf("%v (hint %q), want %s and %q", err, shed.ErrorHint(err), tt.code, tt.want)
+			}
+			if exists(t, f.State.Shed("x")) {
+				t.Error("it left files")
+			}
+		})
+	}
+	if list, err := e.List(t.Context()); err != nil || len(list) != 1 {
+		t.Errorf("%+v, %v", list, err)
+	}
+}
+
+func TestLogs(t *testing.T) {
+	f := newFixture(t)
+	dir := f.shed(t, "box", state.Ready)
+	e := f.engine(t)
+	write(t, dir+"/console.log", "console\n")
+	write(t, dir+"/provision.log", "provision\n")
+	r, err := e.Logs(t.Context(), "box", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(r); err != nil || string(b) != "console\nprovision\n" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if r, err = e.Logs(t.Context(), "box", true); err != nil {
+		t.Fatal(err)
+	}
+	read := func(want string) {
+		t.Helper()
+		b := make([]byte, len(want))
+		if _, err := io.ReadFull(r, b); err != nil || string(b) != want {
+			t.Fatalf("%q, %v; want %q", b, err, want)
+		}
+	}
+	read("console\nprovision\n")
+	write(t, dir+"/console.log", "console\nmore\n")
+	read("more\n")
+	if err := e.Delete(t.Context(), "box", nil); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(r); err != nil || len(b) != 0 {
+		t.Errorf("after the delete: %q, %v", b, err)
+	}
+}
+
+func TestFollowedLogsEndWithTheirContext(t *testing.T) {
+	f := newFixture(t)
+	f.shed(t, "box", state.Ready)
+	e := f.engine(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	r, err := e.Logs(ctx, "box", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	if _, err := io.ReadAll(r); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+}
