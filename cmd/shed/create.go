@@ -46,6 +46,12 @@ func newCreate(c *cli) *cobra.Command {
 			return err
 		}),
 	}
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
+		if cmd.Flags().Changed("cpus") && opts.CPUs < 1 {
+			return usageError(cmd, "--cpus %d: a shed has at least one", opts.CPUs)
+		}
+		return nil
+	}
 	f := cmd.Flags()
 	f.StringVarP(&opts.Repo, "repo", "r", "", "clone this `URL or owner/repo` into the shed")
 	f.StringVarP(&opts.Image, "image", "i", "", "`alias, tag, reference or digest` of the image (default: the server's)")

@@ -111,10 +111,13 @@ func (a *attachment) run(passStdin bool) error {
 		return exitStatus(128 + int(sig.(syscall.Signal)))
 	}
 	for _, err := range []error{outErr, errErr} {
-		if errors.Is(err, syscall.EPIPE) || errors.Is(err, io.ErrClosedPipe) {
+		if errors.Is(err, syscall.EPIPE) {
 			return exitStatus(128 + int(syscall.SIGPIPE)) // as for any program in a pipeline
 		}
-		if err != nil {
+	}
+	// Of two errors, a closed pipe is what the other one led to.
+	for _, err := range []error{outErr, errErr} {
+		if err != nil && !errors.Is(err, io.ErrClosedPipe) {
 			return err
 		}
 	}

@@ -228,7 +228,7 @@ func (e *Engine) clone(ctx context.Context, en *entry) error {
 	if status.Code != 0 {
 		said := status.Error
 		if said == "" {
-			said = vm.LastLines(log.Name(), 5)
+			said = vm.LastLines(log.Name(), 0, 5)
 		}
 		return shed.Errorf(shed.CodeInvalid, "cloning %s failed: %s", en.rec.Repo, said).
 			WithHint("check the URL and that the shed may read it; without --repo the shed is created empty")

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -218,6 +219,10 @@ func (e *Engine) boot(ctx context.Context, en *entry, p shed.Progress) error {
 	if err := e.save(en, rec); err != nil {
 		return err
 	}
+	var before int64 // of the console: what earlier boots have left
+	if fi, err := os.Stat(cfg.Spec.Console); err == nil {
+		before = fi.Size()
+	}
 	client, err := keeper.Start(e.Program, dir, cfg)
 	if err != nil {
 		return err
@@ -229,7 +234,7 @@ func (e *Engine) boot(ctx context.Context, en *entry, p shed.Progress) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return bootError(rec.Name, err, cfg.Spec.Console)
+		return bootError(rec.Name, err, vm.LastLines(cfg.Spec.Console, before, 20))
 	}
 	e.watch(en, client)
 	return nil
@@ -238,8 +243,8 @@ func (e *Engine) boot(ctx context.Context, en *entry, p shed.Progress) error {
 // bootError says why a shed did not come up, with the end of its console.
 func bootError(name string, err error, console string) error {
 	msg := fmt.Sprintf("shed %q did not come up: %v", name, err)
-	if tail := vm.LastLines(console, 20); tail != "" {
-		msg += "\nthe end of its console:\n" + tail
+	if console != "" {
+		msg += "\nthe end of its console:\n" + console
 	}
 	return (&shed.Error{Code: shed.CodeBoot, Message: msg, Err: err}).
 		WithHint("`shed-server doctor` checks what the host has to offer")

@@ -71,6 +71,11 @@ func (k *keeper) answer(conn net.Conn) {
 		r.Exit = &k.exit
 		k.mu.Unlock()
 	case req.Open:
+		if k.isAsked() {
+			// A server that doesn't know of the stop is to find the shed stopped.
+			<-k.ended
+			return
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), k.cfg.BootTimeout)
 		stream, err := k.openWait(ctx)
 		cancel()

@@ -197,7 +197,10 @@ func (d *Dir) Create(r Record) error {
 	if err := syncDir(d.Path("sheds")); err != nil {
 		return err
 	}
-	return d.Save(r)
+	if err := d.Save(r); err != nil {
+		return errors.Join(err, os.Remove(dir))
+	}
+	return nil
 }
 
 // Save writes the record of a shed that has a directory.

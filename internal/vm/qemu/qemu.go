@@ -30,9 +30,10 @@ const (
 	pidFile    = "vmm.json"
 )
 
-// mmioSlots is how many virtio-mmio devices a microvm with ACPI has. The link,
-// the network card, the random number generator and the balloon take one each.
-const mmioSlots, otherDevices = 24, 4
+// mmioSlots is how many virtio-mmio devices a microvm with ACPI can use: it has one more, but a
+// device there gets no interrupts (QEMU 7.2). The link, the network card, the
+// random number generator and the balloon take one each.
+const mmioSlots, otherDevices = 23, 4
 
 // Driver is the QEMU driver.
 type Driver struct {
@@ -98,7 +99,7 @@ func (d *Driver) Start(ctx context.Context, dir string, spec vm.Spec) (vm.Machin
 }
 
 func (d *Driver) startError(dir string, err error) error {
-	if said := vm.LastLines(filepath.Join(dir, logFile), 5); said != "" {
+	if said := vm.LastLines(filepath.Join(dir, logFile), 0, 5); said != "" {
 		return fmt.Errorf("QEMU did not start: %s", said)
 	}
 	return fmt.Errorf("QEMU did not start: %w", err)
@@ -109,7 +110,15 @@ func (d *Driver) Find(ctx context.Context, dir string) (vm.Machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	return connect(ctx, dir, p)
+	m, err := connect(ctx, dir, p)
+	if err != nil {
+		return nil, err
+	}
+	// QEMU may have stopped the machine while nobody listened: see resume.
+	if err := m.qmp.run("cont"); err != nil {
+		return nil, err
+	}
+	return m, nil
 }
 
 func (d *Driver) Running(dir string) bool {
@@ -202,7 +211,7 @@ func (m *machine) Wait(ctx context.Context) (vm.Exit, error) {
 	case reason == "guest-reset":
 		return vm.Exit{Cause: vm.Reboot}, nil
 	case reason == "":
-		detail := vm.LastLines(filepath.Join(m.dir, logFile), 5)
+		detail := vm.LastLines(filepath.Join(m.dir, logFile), 0, 5)
 		if detail == "" {
 			return vm.Exit{Cause: vm.Killed, Detail: "QEMU was killed"}, nil
 		}

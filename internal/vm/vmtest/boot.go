@@ -127,7 +127,7 @@ func bootWith(t *testing.T, spec vm.Spec, start func() (vm.Machine, error)) (vm.
 				t.Errorf("Kill: %v", err)
 			}
 			if t.Failed() {
-				t.Logf("the end of the console:\n%s", vm.LastLines(spec.Console, 20))
+				t.Logf("the end of the console:\n%s", vm.LastLines(spec.Console, 0, 20))
 			}
 		})
 		ctx, cancel := context.WithTimeout(t.Context(), bootTimeout)
@@ -139,7 +139,7 @@ func bootWith(t *testing.T, spec vm.Spec, start func() (vm.Machine, error)) (vm.
 		if try > 0 || !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatalf("the guest doesn't answer: %v", err)
 		}
-		t.Log("the guest didn't answer; starting the machine once more")
+		t.Logf("the guest didn't answer; starting the machine once more. The end of the console:\n%s", vm.LastLines(spec.Console, 0, 20))
 		if err := m.Kill(); err != nil {
 			t.Fatalf("Kill: %v", err)
 		}
