@@ -211,9 +211,9 @@ func connect(conn net.Conn, r *bufio.Reader, resync bool) error {
 	}
 }
 
-// Accept performs the guest's side of the handshake on conn, which it reads
+// accept performs the guest's side of the handshake on conn, which it reads
 // through r, and returns the session. Closing the session closes conn.
-func Accept(conn net.Conn, r *bufio.Reader) (*yamux.Session, error) {
+func accept(conn net.Conn, r *bufio.Reader) (*yamux.Session, error) {
 	var acked []byte
 	for {
 		magic, nonce, _, err := readMessage(r, helloMagic, startMagic)

@@ -99,11 +99,11 @@ func serveGuest(t testing.TB, conn net.Conn, handle func(*Stream)) {
 			if conn.SetDeadline(time.Time{}) != nil {
 				return
 			}
-			session, err := Accept(guestPort{conn}, r)
+			session, err := accept(guestPort{conn}, r)
 			if err != nil {
 				if !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) && !errors.Is(err, io.ErrClosedPipe) &&
 					!errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, unix.ECONNRESET) {
-					t.Errorf("Accept: %v", err)
+					t.Errorf("accept: %v", err)
 				}
 				return
 			}

@@ -3,10 +3,8 @@
 package guest
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/signal"
@@ -55,31 +53,7 @@ func runAgent() error {
 	if err != nil {
 		return err
 	}
-	return m.serve(p)
-}
-
-// serve answers one host after the other on p.
-func (m *machine) serve(p *portConn) error {
-	r := bufio.NewReaderSize(p, 64<<10)
-	for {
-		p.reopen()
-		session, err := agent.Accept(p, r)
-		if errors.Is(err, io.EOF) {
-			time.Sleep(20 * time.Millisecond) // no host is connected
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("the link to the host: %w", err)
-		}
-		for {
-			stream, err := session.AcceptStream()
-			if err != nil {
-				break
-			}
-			go m.handle(stream)
-		}
-		session.Close()
-	}
+	return agent.ServePort(p, m.handle)
 }
 
 func (m *machine) handle(s *agent.Stream) {
@@ -204,11 +178,7 @@ func dial(s *agent.Stream, req agent.Dial) {
 	agent.Splice(s, conn)
 }
 
-// portConn is a virtio-serial port as the connection that a session needs.
-// Closing it only interrupts who uses it: the next session gets the same port.
-type portConn struct{ *os.File }
-
-func openPort(name string) (*portConn, error) {
+func openPort(name string) (*os.File, error) {
 	for deadline := time.Now().Add(deviceTimeout); time.Now().Before(deadline); time.Sleep(devicePoll) {
 		names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
 		if err != nil {
@@ -222,19 +192,9 @@ func openPort(name string) (*portConn, error) {
 			// Non-blocking, so that the runtime polls it and deadlines work.
 			f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(file)), os.O_RDWR|unix.O_NONBLOCK, 0)
 			if err == nil {
-				return &portConn{f}, nil
+				return f, nil
 			}
 		}
 	}
 	return nil, fmt.Errorf("no port named %q came up in %v", name, deviceTimeout)
 }
-
-func (p *portConn) reopen()              { p.SetDeadline(time.Time{}) }
-func (p *portConn) Close() error         { return p.SetDeadline(time.Unix(1, 0)) }
-func (p *portConn) LocalAddr() net.Addr  { return portAddr{} }
-func (p *portConn) RemoteAddr() net.Addr { return portAddr{} }
-
-type portAddr struct{}
-
-func (portAddr) Network() string { return "virtio" }
-func (portAddr) String() string  { return "virtio" }

@@ -52,8 +52,8 @@ func shedWith(t *testing.T, setup agent.Setup) *agent.Client {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		m := &machine{setup: &setup}
-		if err := m.serve(&portConn{guest}); !errors.Is(err, os.ErrClosed) && !errors.Is(err, unix.ECONNRESET) {
-			t.Errorf("serve: %v", err)
+		if err := agent.ServePort(guest, m.handle); !errors.Is(err, os.ErrClosed) && !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("ServePort: %v", err)
 		}
 	})
 	t.Cleanup(func() {

@@ -57,9 +57,10 @@ func (l *loader) load(names ...string) error {
 // loadAll loads all that a machine needs to become a shed.
 func (l *loader) loadAll() error {
 	groups := [][]string{
-		{"virtio_mmio", "virtio_console"},
-		{"virtio_blk", "ext4", "overlay"},
-		{"virtio_net"},
+		// Disks are told apart by the order in which they get their names. That is the order of
+		// the devices only if the driver comes when all of them are there.
+		{"virtio_mmio", "virtio_blk", "virtio_console", "virtio_net"},
+		{"ext4", "overlay"},
 	}
 	errs := make(chan error, len(groups))
 	for _, names := range groups {

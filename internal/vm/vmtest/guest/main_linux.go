@@ -1,7 +1,6 @@
 package guest
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -39,28 +38,7 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	r := bufio.NewReaderSize(p, 64<<10)
-	for {
-		if err := p.File.SetDeadline(time.Time{}); err != nil {
-			return err
-		}
-		session, err := agent.Accept(p, r)
-		if errors.Is(err, io.EOF) {
-			time.Sleep(10 * time.Millisecond) // no host is connected
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		for {
-			s, err := session.AcceptStream()
-			if err != nil {
-				break
-			}
-			go answer(s)
-		}
-		session.Close()
-	}
+	return agent.ServePort(p, answer)
 }
 
 // load loads a kernel module and first those that it needs.
@@ -92,18 +70,12 @@ func load(name string) error {
 	return nil
 }
 
-// port is the link. A session that closes it only interrupts itself.
-type port struct{ *os.File }
-
-func (p port) Close() error         { return p.SetDeadline(time.Unix(1, 0)) }
-func (p port) LocalAddr() net.Addr  { return &net.UnixAddr{Name: p.Name()} }
-func (p port) RemoteAddr() net.Addr { return p.LocalAddr() }
-
-func openPort() (port, error) {
+// openPort opens the link.
+func openPort() (*os.File, error) {
 	for {
 		names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
 		if err != nil {
-			return port{}, err
+			return nil, err
 		}
 		for _, file := range names {
 			if b, err := os.ReadFile(file); err != nil || strings.TrimSpace(string(b)) != "shed" {
@@ -111,7 +83,7 @@ func openPort() (port, error) {
 			}
 			f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(file)), os.O_RDWR|unix.O_NONBLOCK, 0)
 			if err == nil {
-				return port{f}, nil
+				return f, nil
 			}
 		}
 		time.Sleep(time.Millisecond)
