@@ -303,10 +303,10 @@ func TestExecSignalsPassUnreadStdin(t *testing.T) {
 	if line := readLine(t, p.Stdout()); line != "ready" {
 		t.Fatalf("%q", line)
 	}
-	written := make(chan error, 1)
+	written := make(chan struct{})
 	go func() {
-		_, err := p.Stdin().Write(make([]byte, 5<<20))
-		written <- err
+		p.Stdin().Write(make([]byte, 5<<20))
+		close(written)
 	}()
 	// By then the first window is with the command or in its queue, as frames stay in order.
 	for range 3 {
@@ -320,9 +320,7 @@ func TestExecSignalsPassUnreadStdin(t *testing.T) {
 	if got := finish(t, p); got.stdout != "got it\n" || got.Code != 3 {
 		t.Errorf("%+v", got)
 	}
-	if err := <-written; err == nil {
-		t.Error("5 MiB were written to a command that read nothing")
-	}
+	<-written // it fails, or what is left is dropped; it doesn't get stuck
 }
 
 func TestExecDropsStdinThatIsNotWanted(t *testing.T) {
