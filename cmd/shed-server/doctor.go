@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"text/tabwriter"
 
 	"golang.org/x/sys/unix"
@@ -46,7 +47,7 @@ func doctor(ctx context.Context, cfg config, w io.Writer) error {
 		case accel == qemu.KVM:
 			ok("kvm", "a test guest ran")
 		default:
-			fmt.Fprintf(tw, "slow\tkvm\tsheds run in software emulation: %s\n", reason)
+			fmt.Fprintf(tw, "slow\tkvm\tsheds run in software emulation: %s\n", firstLine(reason))
 		}
 	}
 	for _, tool := range []struct{ name, pkg, why string }{
@@ -95,6 +96,12 @@ func doctor(ctx context.Context, cfg config, w io.Writer) error {
 		return errors.New("sheds can't run here yet")
 	}
 	return nil
+}
+
+// firstLine is what fits a table of a program's last words.
+func firstLine(s string) string {
+	line, _, _ := strings.Cut(s, "\n")
+	return line
 }
 
 // lookPath finds a program that may be for root only, and so not on the PATH.

@@ -176,7 +176,7 @@ func newEngine(ctx context.Context, cfg config, dir *state.Dir, log *slog.Logger
 	timeout := bootTimeoutKVM
 	if accel == qemu.TCG {
 		timeout = bootTimeoutTCG
-		log.Warn("sheds run in software emulation, which is slow", "why", reason)
+		log.Warn("sheds run in software emulation, which is slow", "why", firstLine(reason))
 	}
 	info = shed.Info{
 		Name: cfg.Name, Version: version, Backend: "qemu", Backends: []string{"qemu"},

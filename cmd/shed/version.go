@@ -56,10 +56,13 @@ type clientInfo struct {
 	Platform string `json:"platform"`
 }
 
+// version is set by the linker; `go install` leaves it to the build information.
+var version string
+
 func newClientInfo() clientInfo {
-	version := "unknown"
-	if build, ok := debug.ReadBuildInfo(); ok && build.Main.Version != "" {
-		version = build.Main.Version
+	v := version
+	if build, ok := debug.ReadBuildInfo(); ok && v == "" {
+		v = build.Main.Version
 	}
-	return clientInfo{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
+	return clientInfo{Version: v, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
 }

@@ -29,7 +29,7 @@ import (
 
 // The machine shape of all measurements.
 const (
-	cpus     = 1
+	cpus     = 2
 	memoryMB = 1024
 )
 
