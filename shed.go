@@ -9,7 +9,9 @@ import (
 	"io"
 	"net"
 	"regexp"
+	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // Status says what a shed is doing, as seen when it was asked.
@@ -133,6 +135,33 @@ type Command struct {
 	Dir  string   `json:"dir,omitempty"`  // default: the shed's workspace
 	User string   `json:"user,omitempty"` // name or UID; default: shed, or root where there is no shed
 	TTY  *TTY     `json:"tty,omitempty"`
+}
+
+// Validate checks what can be told without the shed.
+func (c Command) Validate() error {
+	kinds := 0
+	for _, set := range []bool{len(c.Args) > 0, c.Script != "", c.Login} {
+		if set {
+			kinds++
+		}
+	}
+	if kinds != 1 {
+		return Errorf(CodeInvalid, "a command is exactly one of args, script and login")
+	}
+	for _, s := range append(append([]string{c.Script, c.Dir, c.User}, c.Args...), c.Env...) {
+		if strings.ContainsRune(s, 0) {
+			return Errorf(CodeInvalid, "a command can't contain a NUL byte")
+		}
+		if !utf8.ValidString(s) { // in JSON it would become another one
+			return Errorf(CodeInvalid, "a command can't contain %q, which is not UTF-8", s)
+		}
+	}
+	for _, kv := range c.Env {
+		if key, _, ok := strings.Cut(kv, "="); !ok || key == "" {
+			return Errorf(CodeInvalid, "%q is no environment variable", kv).WithHint("write NAME=VALUE")
+		}
+	}
+	return nil
 }
 
 // ExitStatus is how a command in a shed ended.

@@ -69,6 +69,9 @@ func (c *Client) Exec(ctx context.Context, name string, cmd shed.Command) (net.C
 	if err != nil {
 		return nil, err
 	}
+	if err := cmd.Validate(); err != nil {
+		return nil, err
+	}
 	req, err := newRequest(ctx, http.MethodPost, path, cmd)
 	if err != nil {
 		return nil, err
@@ -83,9 +86,11 @@ func (c *Client) Exec(ctx context.Context, name string, cmd shed.Command) (net.C
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	in := bufio.NewReaderSize(conn, 64<<10)
-	var resp *http.Response
-	if err = req.Write(conn); err == nil {
-		resp, err = http.ReadResponse(in, req)
+	werr := req.Write(conn)
+	// A server that refuses a request may answer before it has read all of it.
+	resp, err := http.ReadResponse(in, req)
+	if err != nil && werr != nil {
+		err = werr
 	}
 	c.trace(req, start, resp, err)
 	if err != nil {

@@ -326,6 +326,9 @@ func decodeStrict(body io.Reader, v any) error {
 		return err
 	}
 	var typeErr *json.UnmarshalTypeError
+	if errors.As(err, &typeErr) && typeErr.Field == "" {
+		return shed.Errorf(shed.CodeInvalid, "the request's body can't be a JSON %s", typeErr.Value)
+	}
 	if errors.As(err, &typeErr) {
 		return shed.Errorf(shed.CodeInvalid, "the request's field %q can't be a JSON %s", typeErr.Field, typeErr.Value)
 	}

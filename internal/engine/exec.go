@@ -25,7 +25,7 @@ import (
 )
 
 func (e *Engine) Exec(ctx context.Context, name string, cmd shed.Command) (net.Conn, error) {
-	if err := validateCommand(cmd); err != nil {
+	if err := cmd.Validate(); err != nil {
 		return nil, err
 	}
 	for tries := 0; ; tries++ {
@@ -87,29 +87,6 @@ func (e *Engine) execOn(ctx context.Context, rec state.Record, client *keeper.Cl
 		return nil, err
 	}
 	return conn, nil
-}
-
-func validateCommand(c shed.Command) error {
-	kinds := 0
-	for _, set := range []bool{len(c.Args) > 0, c.Script != "", c.Login} {
-		if set {
-			kinds++
-		}
-	}
-	if kinds != 1 {
-		return shed.Errorf(shed.CodeInvalid, "a command is exactly one of args, script and login")
-	}
-	for _, s := range append(append([]string{c.Script, c.Dir, c.User}, c.Args...), c.Env...) {
-		if strings.ContainsRune(s, 0) {
-			return shed.Errorf(shed.CodeInvalid, "a command can't contain a NUL byte")
-		}
-	}
-	for _, kv := range c.Env {
-		if key, _, ok := strings.Cut(kv, "="); !ok || key == "" {
-			return shed.Errorf(shed.CodeInvalid, "%q is no environment variable", kv).WithHint("write NAME=VALUE")
-		}
-	}
-	return nil
 }
 
 // maxEnvLine is how long a line of the env_file may be, in bytes: as long as Linux takes.

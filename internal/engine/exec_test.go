@@ -72,16 +72,16 @@ func TestValidateCommand(t *testing.T) {
 		{Args: []string{"ls", "", "-l"}}, {Script: "ls"}, {Login: true},
 		{Args: []string{"x"}, Env: []string{"A=", "B=c=d"}, Dir: "~", User: "root", TTY: &shed.TTY{}},
 	} {
-		if err := validateCommand(c); err != nil {
+		if err := c.Validate(); err != nil {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}
 	for _, c := range []shed.Command{
 		{}, {Args: []string{}}, {Args: []string{"x"}, Script: "x"}, {Script: "x", Login: true}, {Args: []string{"x"}, Login: true},
-		{Args: []string{"a\x00b"}}, {Script: "a\x00"}, {Login: true, Dir: "\x00"}, {Login: true, User: "\x00"}, {Login: true, Env: []string{"A=\x00"}},
+		{Args: []string{"a\x00b"}}, {Args: []string{"a\xffb"}}, {Script: "a\x00"}, {Login: true, Dir: "\x00"}, {Login: true, User: "\x00"}, {Login: true, Env: []string{"A=\x00"}},
 		{Login: true, Env: []string{"A"}}, {Login: true, Env: []string{"=x"}}, {Login: true, Env: []string{""}},
 	} {
-		if err := validateCommand(c); shed.ErrorCode(err) != shed.CodeInvalid {
+		if err := c.Validate(); shed.ErrorCode(err) != shed.CodeInvalid {
 			t.Errorf("%+v: %v, want it refused", c, err)
 		}
 	}

@@ -228,8 +228,8 @@ func (e *Engine) boot(ctx context.Context, en *entry, p shed.Progress) error {
 		return err
 	}
 	if err := client.Ready(ctx); err != nil {
-		if _, serr := client.Stop(context.WithoutCancel(ctx), 0); serr != nil {
-			e.Log.Error("ending a shed that did not come up", "shed", rec.Name, "err", serr)
+		if kerr := e.kill(context.WithoutCancel(ctx), rec.Name); kerr != nil {
+			e.Log.Error("ending a shed that did not come up", "shed", rec.Name, "err", kerr)
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -403,14 +403,21 @@ func (e *Engine) stop(ctx context.Context, en *entry, p shed.Progress) error {
 	defer p.Phase("stop", "shutting down")()
 	e.set(en, shed.StatusStopping, "")
 	forced, err := client.Stop(ctx, stopGrace)
-	if err != nil {
-		e.set(en, shed.StatusRunning, "")
-		return err
+	if err == nil {
+		select {
+		case <-watched:
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
 	}
-	select {
-	case <-watched:
-	case <-ctx.Done():
-		return ctx.Err()
+	if err != nil {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		en.status = shed.StatusRunning
+		if en.keeper == nil { // it has ended all the same
+			en.status = shed.StatusStopped
+		}
+		return err
 	}
 	reason := ""
 	if forced {

@@ -100,7 +100,7 @@ func (k *keeper) open() (*agent.Stream, error) {
 	client := k.client
 	k.mu.Unlock()
 	if client == nil {
-		return nil, errors.New("the shed's agent does not answer")
+		return nil, errors.New("the shed's agent does not answer: stop and start the shed")
 	}
 	return client.Open(context.Background())
 }

@@ -43,6 +43,9 @@ func runAgent() error {
 	// All that ends it is the end of the machine. The signals are caught and dropped, not
 	// ignored: commands would inherit that.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
+	if err := os.WriteFile(oomFile, []byte("-1000"), 0); err != nil {
+		return err
+	}
 	m := &machine{
 		ready:   os.NewFile(3, "ready"),
 		entered: os.NewFile(4, "entered"),

@@ -142,7 +142,12 @@ type loginEnv struct {
 	mu    sync.Mutex
 	stamp string
 	env   environ
+	until time.Time // when to ask again in any case; zero means never
 }
+
+// loginRetry is how long a login shell that failed isn't asked again: it may have hung, and
+// whoever wants to run a command waits for it.
+const loginRetry = time.Minute
 
 // get returns the environment of a login shell of a that starts with base.
 func (l *loginEnvs) get(a *account, base environ) environ {
@@ -160,15 +165,16 @@ func (l *loginEnvs) get(a *account, base environ) environ {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	stamp := profileStamp(a, base)
-	if e.env != nil && e.stamp == stamp {
+	if e.env != nil && e.stamp == stamp && (e.until.IsZero() || time.Now().Before(e.until)) {
 		return e.env
 	}
 	env, err := askLoginShell(a, base)
+	var until time.Time
 	if err != nil {
 		logf("the login shell of %s: %v", a.name, err)
-		return base
+		env, until = base, time.Now().Add(loginRetry)
 	}
-	e.stamp, e.env = stamp, env
+	e.stamp, e.env, e.until = stamp, env, until
 	return env
 }
 
@@ -213,11 +219,15 @@ func askLoginShell(a *account, base environ) (environ, error) {
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: a.credential(), Setsid: true}
 	cmd.WaitDelay = time.Second
-	out, err := cmd.Output()
-	if err != nil {
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	if err := startCommand(cmd.Start); err != nil {
 		return nil, err
 	}
-	_, after, ok := bytes.Cut(out, []byte(mark))
+	if err := cmd.Wait(); err != nil {
+		return nil, err
+	}
+	_, after, ok := bytes.Cut(out.Bytes(), []byte(mark))
 	if !ok {
 		return nil, errors.New("it ran no command")
 	}

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -79,11 +80,12 @@ func (m *machine) start(frames *agent.FrameWriter, c shed.Command) (p *running, 
 		cmd.SysProcAttr.CgroupFD = int(cgroup.Fd())
 	}
 	p = &running{cmd: cmd, frames: frames, ended: make(chan struct{})}
-	if c.TTY != nil {
-		err = p.startTTY(c.TTY.Size)
-	} else {
-		err = p.startPipes()
-	}
+	err = startCommand(func() error {
+		if c.TTY != nil {
+			return p.startTTY(c.TTY.Size)
+		}
+		return p.startPipes()
+	})
 	if err != nil {
 		return nil, exitNotExecutable, err
 	}
@@ -92,6 +94,27 @@ func (m *machine) start(frames *agent.FrameWriter, c shed.Command) (p *running, 
 		close(p.ended)
 	}()
 	return p, 0, nil
+}
+
+// oomFile says how gladly the kernel ends this process when memory runs out. For the agent it
+// is never: without it nobody gets at the shed any more.
+const oomFile = "/proc/self/oom_score_adj"
+
+var startMu sync.Mutex
+
+// startCommand calls start, which starts a process that must not inherit how the agent is spared.
+func startCommand(start func() error) error {
+	startMu.Lock()
+	defer startMu.Unlock()
+	spared, err := os.ReadFile(oomFile)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(oomFile, []byte("0"), 0); err != nil {
+		return err
+	}
+	defer os.WriteFile(oomFile, spared, 0)
+	return start()
 }
 
 // wait returns how p ended, when its output is sent. An error means that nobody

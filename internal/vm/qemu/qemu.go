@@ -30,6 +30,9 @@ const (
 	pidFile    = "vmm.json"
 )
 
+// linkID is what QEMU calls the link's port.
+const linkID = "link-port"
+
 // mmioSlots is how many virtio-mmio devices a microvm with ACPI can use: it has one more, but a
 // device there gets no interrupts (QEMU 7.2). The link, the network card, the
 // random number generator and the balloon take one each.
@@ -139,7 +142,7 @@ func (d *Driver) args(spec vm.Spec) []string {
 		"-chardev", "file,id=console,append=on,path=" + escape.Replace(spec.Console), "-serial", "chardev:console",
 		"-device", "virtio-serial-device",
 		"-chardev", "socket,id=link,server=on,wait=off,path=" + linkSocket,
-		"-device", "virtserialport,chardev=link,name=shed",
+		"-device", "virtserialport,chardev=link,name=shed,id=" + linkID,
 		"-device", "virtio-rng-device",
 		"-device", "virtio-balloon-device,free-page-reporting=on",
 	}
@@ -188,7 +191,12 @@ func connect(ctx context.Context, dir string, p *process) (*machine, error) {
 }
 
 func (m *machine) DialLink(ctx context.Context) (net.Conn, error) {
-	return vm.DialUnix(ctx, m.dir, linkSocket)
+	conn, err := vm.DialUnix(ctx, m.dir, linkSocket)
+	if err != nil {
+		return nil, err
+	}
+	m.qmp.closeWithGuest(conn)
+	return conn, nil
 }
 
 func (m *machine) DialNetwork(ctx context.Context) (net.Conn, error) {

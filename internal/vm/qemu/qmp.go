@@ -24,6 +24,7 @@ type qmp struct {
 	mu     sync.Mutex
 	reason string // of the last SHUTDOWN event
 	panic  bool   // GUEST_PANICKED was seen
+	link   net.Conn
 }
 
 type qmpMessage struct {
@@ -34,7 +35,9 @@ type qmpMessage struct {
 	} `json:"error"`
 	Event string `json:"event"`
 	Data  struct {
-		Reason string `json:"reason"`
+		Reason string `json:"reason"` // of SHUTDOWN
+		ID     string `json:"id"`     // of VSERPORT_CHANGE
+		Open   bool   `json:"open"`
 	} `json:"data"`
 }
 
@@ -73,6 +76,11 @@ func (q *qmp) read() {
 				q.reason = m.Data.Reason
 			case "GUEST_PANICKED":
 				q.panic = true
+			case "VSERPORT_CHANGE":
+				// The guest's end is its agent's: the connection to the port doesn't show it.
+				if m.Data.ID == linkID && !m.Data.Open && q.link != nil {
+					q.link.Close()
+				}
 			}
 			q.mu.Unlock()
 			if m.Event == "STOP" {
@@ -121,6 +129,13 @@ func (q *qmp) run(command string) error {
 	case <-q.done:
 		return fmt.Errorf("QMP %s: %w", command, errors.New("QEMU closed the connection"))
 	}
+}
+
+// closeWithGuest closes conn, a connection to the link, when the guest closes its end.
+func (q *qmp) closeWithGuest(conn net.Conn) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.link = conn
 }
 
 func (q *qmp) shutdownReason() (reason string, panicked bool) {
