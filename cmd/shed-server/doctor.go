@@ -8,13 +8,13 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"text/tabwriter"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/charliek/shed/internal/rootfs"
 	"github.com/charliek/shed/internal/vm/qemu"
 )
 
@@ -57,7 +57,7 @@ func doctor(ctx context.Context, cfg config, w io.Writer) error {
 		{"apt-get", "apt", "downloads the kernel's package"},
 		{"depmod", "kmod", "indexes the kernel's modules"},
 	} {
-		if path, err := lookPath(tool.name); err != nil {
+		if path, err := rootfs.LookPath(tool.name); err != nil {
 			bad(tool.name, fmt.Sprintf("%s: apt-get install %s", tool.why, tool.pkg))
 		} else {
 			ok(tool.name, path)
@@ -102,17 +102,4 @@ func doctor(ctx context.Context, cfg config, w io.Writer) error {
 func firstLine(s string) string {
 	line, _, _ := strings.Cut(s, "\n")
 	return line
-}
-
-// lookPath finds a program that may be for root only, and so not on the PATH.
-func lookPath(name string) (string, error) {
-	if path, err := exec.LookPath(name); err == nil {
-		return path, nil
-	}
-	for _, dir := range []string{"/usr/sbin", "/sbin"} {
-		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
-			return path, nil
-		}
-	}
-	return "", exec.ErrNotFound
 }

@@ -7,11 +7,40 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
 	"time"
 )
 
 // hostPoll is how often a port without a host is looked at.
 const hostPoll = 20 * time.Millisecond
+
+// portPoll is how often a port that isn't there yet is looked for.
+const portPoll = 2 * time.Millisecond
+
+// OpenPort opens the virtio-serial port called name, which the guest's kernel may only be
+// about to find: it looks for it until timeout has passed. The port is opened as ServePort wants it.
+func OpenPort(name string, timeout time.Duration) (*os.File, error) {
+	for deadline := time.Now().Add(timeout); time.Now().Before(deadline); time.Sleep(portPoll) {
+		names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
+		if err != nil {
+			return nil, err
+		}
+		for _, file := range names {
+			b, err := os.ReadFile(file)
+			if err != nil || strings.TrimSpace(string(b)) != name {
+				continue
+			}
+			// Non-blocking, so that the runtime polls it and deadlines work.
+			f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(file)), os.O_RDWR|syscall.O_NONBLOCK, 0)
+			if err == nil {
+				return f, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("no port named %q came up in %v", name, timeout)
+}
 
 // ServePort answers one host after the other on a guest's virtio-serial port, which was
 // opened with O_NONBLOCK: it calls handle, in a goroutine of its own, with each stream that a host

@@ -10,7 +10,6 @@ import (
 	"os"
 	"runtime"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/charliek/shed"
@@ -136,20 +135,11 @@ func (s *Store) addLayer(ctx context.Context, tar io.Reader) (blob *os.File, des
 	}
 	size, serr := blob.Seek(0, io.SeekEnd)
 	if err = errors.Join(err, serr); err != nil {
-		return nil, v1.Descriptor{}, v1.Hash{}, errors.Join(noSpace(err, s.dir), blob.Close(), os.Remove(blob.Name()))
+		return nil, v1.Descriptor{}, v1.Hash{}, errors.Join(rootfs.NoSpace(err, s.dir), blob.Close(), os.Remove(blob.Name()))
 	}
 	return blob, v1.Descriptor{
 		MediaType: types.OCILayerZStd,
 		Size:      size,
 		Digest:    v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(digest.Sum(nil))},
 	}, diffID, nil
-}
-
-// noSpace gives an error of writing to the layout in dir the code for a full disk, if it is about that.
-func noSpace(err error, dir string) error {
-	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) || shed.ErrorCode(err) == shed.CodeNoSpace {
-		return err
-	}
-	return shed.Errorf(shed.CodeNoSpace, "no space left to store images in %s: %w", dir, err).
-		WithHint("free some space there; `shed system df` shows what shed uses")
 }

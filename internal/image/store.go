@@ -264,14 +264,14 @@ func (s *Store) writeFile(path string, b []byte) error {
 		return err
 	}
 	if _, err := f.Write(b); err != nil {
-		return errors.Join(noSpace(err, s.dir), f.Close(), os.Remove(f.Name()))
+		return errors.Join(rootfs.NoSpace(err, s.dir), f.Close(), os.Remove(f.Name()))
 	}
 	return rootfs.Commit(f, path, 0o644)
 }
 
 func (s *Store) createTemp() (*os.File, error) {
 	f, err := os.CreateTemp(s.dir, tempPrefix)
-	return f, noSpace(err, s.dir)
+	return f, rootfs.NoSpace(err, s.dir)
 }
 
 func (s *Store) index() (*v1.IndexManifest, error) {

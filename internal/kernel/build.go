@@ -104,7 +104,7 @@ func (s *Store) keep(bundle string, m manifest) (*Bundle, error) {
 	if err := os.Rename(bundle, filepath.Join(s.dir, id)); err != nil {
 		return nil, err
 	}
-	if err := syncPath(s.dir); err != nil {
+	if err := rootfs.Sync(s.dir); err != nil {
 		return nil, err
 	}
 	return s.load(id)
@@ -140,12 +140,7 @@ func fillBundle(ctx context.Context, bundle, tree, release string, p shed.Progre
 }
 
 func depmod(ctx context.Context, tree, release string) error {
-	bin, err := exec.LookPath("depmod")
-	for _, dir := range []string{"/usr/sbin", "/sbin"} { // often not in a user's PATH
-		if err != nil {
-			bin, err = exec.LookPath(filepath.Join(dir, "depmod"))
-		}
-	}
+	bin, err := rootfs.LookPath("depmod")
 	if err != nil {
 		return shed.Errorf(shed.CodeUnsupported, "depmod, which finds out how kernel modules depend on each other, is not installed").
 			WithHint("`apt-get install kmod`")

@@ -3,11 +3,12 @@ package kernel
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/charliek/shed/internal/rootfs"
 )
 
 // hashTree returns the SHA-256 in hex of every file in dir, by its path in there.
@@ -39,14 +40,6 @@ func syncTree(dir string) error {
 		if err != nil {
 			return err
 		}
-		return syncPath(name)
+		return rootfs.Sync(name)
 	})
-}
-
-func syncPath(name string) error {
-	f, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }

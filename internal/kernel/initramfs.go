@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 
 	"github.com/cavaliergopher/cpio"
+
+	"github.com/charliek/shed/internal/rootfs"
 )
 
 // initramfsDirs are where the agent mounts, and where it finds the modules.
@@ -59,7 +61,7 @@ func (b *Bundle) initramfs(ctx context.Context, agentBinary string) (_ string, e
 	if err := os.Rename(f.Name(), path); err != nil {
 		return "", err
 	}
-	return path, syncPath(b.dir)
+	return path, rootfs.Sync(b.dir)
 }
 
 // writeInitramfs writes the initramfs of an agent and the files of boot, a

@@ -29,7 +29,7 @@ func Commit(f *os.File, path string, mode fs.FileMode) error {
 	if err != nil {
 		return errors.Join(NoSpace(err, path), os.Remove(f.Name()))
 	}
-	return syncDir(filepath.Dir(path))
+	return Sync(filepath.Dir(path))
 }
 
 // discard closes and removes a temporary file that is not going to be committed.
@@ -37,18 +37,19 @@ func discard(f *os.File) error {
 	return errors.Join(f.Close(), os.Remove(f.Name()))
 }
 
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
+// Sync makes the file or directory at path durable: of a directory, which names it holds.
+func Sync(path string) error {
+	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.Sync(), d.Close())
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // NoSpace gives err the code that tells a user that the disk is full, if that
 // is what err says; path names the file that was being written.
 func NoSpace(err error, path string) error {
-	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
+	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) || shed.ErrorCode(err) == shed.CodeNoSpace {
 		return err
 	}
 	return shed.Errorf(shed.CodeNoSpace, "no space left to write %s: %w", path, err).

@@ -115,10 +115,20 @@ func format(ctx context.Context, mkfs string, f *os.File, size int64) error {
 	return nil
 }
 
-// findMkfs looks for mkfs.ext4 also where the PATH of ordinary users does not lead.
 func findMkfs() (string, error) {
-	const name = "mkfs.ext4"
-	if p, err := exec.LookPath(name); err == nil {
+	p, err := LookPath("mkfs.ext4")
+	if err != nil {
+		return "", shed.Errorf(shed.CodeUnsupported, "mkfs.ext4 is not installed").
+			WithHint("install e2fsprogs: `apt-get install e2fsprogs`, or on macOS `brew install e2fsprogs`")
+	}
+	return p, nil
+}
+
+// LookPath finds a program also where the PATH of ordinary users does not lead, among those for
+// the administrator. The error is that of exec.LookPath.
+func LookPath(name string) (string, error) {
+	p, err := exec.LookPath(name)
+	if err == nil {
 		return p, nil
 	}
 	for _, dir := range []string{
@@ -129,8 +139,7 @@ func findMkfs() (string, error) {
 			return p, nil
 		}
 	}
-	return "", shed.Errorf(shed.CodeUnsupported, "%s is not installed", name).
-		WithHint("install e2fsprogs: `apt-get install e2fsprogs`, or on macOS `brew install e2fsprogs`")
+	return "", err
 }
 
 // copySparse makes dst, an empty file, a copy of the first size bytes of src: sharing its

@@ -194,7 +194,7 @@ func (d *Dir) Create(r Record) error {
 	if err != nil {
 		return rootfs.NoSpace(err, dir)
 	}
-	if err := syncDir(d.Path("sheds")); err != nil {
+	if err := rootfs.Sync(d.Path("sheds")); err != nil {
 		return err
 	}
 	if err := d.Save(r); err != nil {
@@ -233,13 +233,13 @@ func (d *Dir) Remove(name string) error {
 			return err
 		}
 	}
-	if err := syncDir(dir); err != nil {
+	if err := rootfs.Sync(dir); err != nil {
 		return err
 	}
 	if err := os.RemoveAll(dir); err != nil {
 		return err
 	}
-	return syncDir(d.Path("sheds"))
+	return rootfs.Sync(d.Path("sheds"))
 }
 
 func write(file string, b []byte) error {
@@ -253,13 +253,4 @@ func write(file string, b []byte) error {
 		return rootfs.NoSpace(err, file)
 	}
 	return rootfs.Commit(f, file, 0o600)
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
 }

@@ -397,18 +397,7 @@ func (f *floor) port(b *bench) (out, in time.Duration, err error) {
 	if text, err := build.CombinedOutput(); err != nil {
 		return 0, 0, fmt.Errorf("building the bare guest: %w: %s", err, text)
 	}
-	files := map[string][]byte{}
-	if files["init"], err = os.ReadFile(guest); err != nil {
-		return 0, 0, err
-	}
-	for _, name := range []string{"virtio_ring", "virtio", "virtio_mmio", "virtio_console"} {
-		file := filepath.Join(filepath.Dir(f.bundle.Modules()), "boot", name+".ko")
-		if files["modules/"+name+".ko"], err = os.ReadFile(file); err != nil {
-			return 0, 0, err
-		}
-	}
-	f.spec.Initrd = filepath.Join(f.dir, "port.cpio")
-	if err := writeInitramfs(f.spec.Initrd, files); err != nil {
+	if f.spec.Initrd, err = f.bundle.Initramfs(context.Background(), guest); err != nil {
 		return 0, 0, err
 	}
 	m, _, err := f.start()

@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -52,7 +51,7 @@ func runAgent() error {
 		cgroup:  userCgroup,
 	}
 	go m.endUserAtShutdown()
-	p, err := openPort("shed")
+	p, err := agent.OpenPort("shed", deviceTimeout)
 	if err != nil {
 		return err
 	}
@@ -179,25 +178,4 @@ func dial(s *agent.Stream, req agent.Dial) {
 		return
 	}
 	agent.Splice(s, conn)
-}
-
-func openPort(name string) (*os.File, error) {
-	for deadline := time.Now().Add(deviceTimeout); time.Now().Before(deadline); time.Sleep(devicePoll) {
-		names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
-		if err != nil {
-			return nil, err
-		}
-		for _, file := range names {
-			b, err := os.ReadFile(file)
-			if err != nil || strings.TrimSpace(string(b)) != name {
-				continue
-			}
-			// Non-blocking, so that the runtime polls it and deadlines work.
-			f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(file)), os.O_RDWR|unix.O_NONBLOCK, 0)
-			if err == nil {
-				return f, nil
-			}
-		}
-	}
-	return nil, fmt.Errorf("no port named %q came up in %v", name, deviceTimeout)
 }

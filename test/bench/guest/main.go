@@ -8,17 +8,20 @@ import (
 	"bufio"
 	"io"
 	"os"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/charliek/shed/internal/agent"
 )
 
 func main() {
 	os.Stderr.WriteString(run().Error() + "\n") // it ends only by failing
 	unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }
+
+// portTimeout bounds the time until the port is there.
+const portTimeout = time.Minute
 
 func run() error {
 	for _, m := range [][2]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}} {
@@ -36,7 +39,7 @@ func run() error {
 		}
 		f.Close()
 	}
-	port, err := openPort()
+	port, err := agent.OpenPort("shed", portTimeout)
 	if err != nil {
 		return err
 	}
@@ -68,20 +71,5 @@ func run() error {
 				return err
 			}
 		}
-	}
-}
-
-func openPort() (*os.File, error) {
-	for {
-		names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
-		if err != nil {
-			return nil, err
-		}
-		for _, file := range names {
-			if b, err := os.ReadFile(file); err == nil && strings.TrimSpace(string(b)) == "shed" {
-				return os.OpenFile("/dev/"+filepath.Base(filepath.Dir(file)), os.O_RDWR, 0)
-			}
-		}
-		time.Sleep(time.Millisecond)
 	}
 }

@@ -23,6 +23,9 @@ func Main() {
 	unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }
 
+// portTimeout bounds the time until the port is there.
+const portTimeout = time.Minute
+
 func run() error {
 	for _, m := range [][2]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}} {
 		if err := unix.Mount(m[0], m[1], m[0], 0, ""); err != nil {
@@ -34,7 +37,7 @@ func run() error {
 			return fmt.Errorf("loading %s: %w", name, err)
 		}
 	}
-	p, err := openPort()
+	p, err := agent.OpenPort("shed", portTimeout)
 	if err != nil {
 		return err
 	}
@@ -68,26 +71,6 @@ func load(name string) error {
 		return err
 	}
 	return nil
-}
-
-// openPort opens the link.
-func openPort() (*os.File, error) {
-	for {
-		names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
-		if err != nil {
-			return nil, err
-		}
-		for _, file := range names {
-			if b, err := os.ReadFile(file); err != nil || strings.TrimSpace(string(b)) != "shed" {
-				continue
-			}
-			f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(file)), os.O_RDWR|unix.O_NONBLOCK, 0)
-			if err == nil {
-				return f, nil
-			}
-		}
-		time.Sleep(time.Millisecond)
-	}
 }
 
 func answer(s *agent.Stream) {
