@@ -18,6 +18,8 @@ const (
 	CodeNoSpace     Code = "NO_SPACE"           // the disk is full, or would be
 	CodeBoot        Code = "BOOT_FAILED"        // the machine did not come up
 	CodeUnreachable Code = "SERVER_UNREACHABLE" // no answer from the server
+	CodeRegistry    Code = "REGISTRY"           // an image registry can't be reached, or refuses
+	CodeCommand     Code = "COMMAND_FAILED"     // a command in a shed failed: a clone, a step of a build
 	CodeUnsupported Code = "UNSUPPORTED"        // this server, backend or image can't do it
 	CodeInternal    Code = "INTERNAL"           // a fault of ours
 )

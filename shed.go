@@ -82,9 +82,12 @@ type CreateOptions struct {
 
 // Event reports how a long operation gets on. A phase begins with an event
 // that has Phase set and ends with one that has Done set. Current and Total
-// count Unit within the phase; Total is 0 where it isn't known.
+// count Unit within the phase; Total is 0 where it isn't known. A phase may
+// have parts that go on at the same time, such as layers: their events have Item set too, and
+// one with Done ends the item alone.
 type Event struct {
 	Phase   string        `json:"phase"`
+	Item    string        `json:"item,omitempty"`
 	Message string        `json:"message,omitempty"`
 	Current int64         `json:"current,omitempty"`
 	Total   int64         `json:"total,omitempty"`

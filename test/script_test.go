@@ -46,6 +46,8 @@ func TestScripts(t *testing.T) {
 			"no-machine":  cmdNoMachine,
 			"capture":     cmdCapture,
 			"small-disk":  cmdSmallDisk,
+			"mkimage":     cmdMkimage,
+			"registry":    cmdRegistry,
 		},
 	})
 }

@@ -10,10 +10,10 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/goccy/go-yaml"
-
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/api"
+	"github.com/charliek/shed/internal/engine"
+	"github.com/charliek/shed/internal/strictyaml"
 )
 
 // config is the server's configuration file, server.yaml.
@@ -46,15 +46,25 @@ type networkConfig struct {
 type backendConfig struct {
 	DefaultImage    string            `yaml:"default_image"`
 	ImageAliases    map[string]string `yaml:"image_aliases"`
+	PullPolicy      engine.PullPolicy `yaml:"pull_policy"`
+	ImagesDir       string            `yaml:"images_dir"`
 	DefaultCPUs     int               `yaml:"default_cpus"`
 	DefaultMemoryMB int               `yaml:"default_memory_mb"`
+}
+
+// backend is what the configuration says about a backend.
+func (c backendConfig) backend() engine.Backend {
+	return engine.Backend{
+		Image: c.DefaultImage, Aliases: c.ImageAliases, Pull: c.PullPolicy,
+		CPUs: c.DefaultCPUs, MemoryMB: c.DefaultMemoryMB,
+	}
 }
 
 func defaultConfig() (config, error) {
 	cfg := config{
 		Name: "shed", HTTPPort: 8080, SSHPort: 2222, BindAddress: "127.0.0.1",
 		Socket: api.DefaultSocket(), DefaultBackend: "detect", EnvFile: "~/.shed/env", LogLevel: "info",
-		QEMU: backendConfig{DefaultImage: "base", DefaultCPUs: 2, DefaultMemoryMB: 4096},
+		QEMU: backendConfig{DefaultImage: "base", PullPolicy: engine.PullMissing, DefaultCPUs: 2, DefaultMemoryMB: 4096},
 	}
 	if host, err := os.Hostname(); err == nil {
 		cfg.Name, _, _ = strings.Cut(host, ".")
@@ -94,8 +104,8 @@ func loadConfig(file string) (config, error) {
 		if err != nil {
 			return cfg, shed.Errorf(shed.CodeInvalid, "the configuration can't be read: %w", err)
 		}
-		if err := yaml.UnmarshalWithOptions(b, &cfg, yaml.Strict()); err != nil {
-			return cfg, shed.Errorf(shed.CodeInvalid, "%s: %s", f, yaml.FormatError(err, false, false))
+		if err := strictyaml.Decode(f, b, &cfg); err != nil {
+			return cfg, err
 		}
 		if err := cfg.check(); err != nil {
 			return cfg, shed.Errorf(shed.CodeInvalid, "%s: %w", f, err)
@@ -103,6 +113,10 @@ func loadConfig(file string) (config, error) {
 		break
 	}
 	cfg.StateDir, cfg.Socket, cfg.EnvFile = expandHome(cfg.StateDir), expandHome(cfg.Socket), expandHome(cfg.EnvFile)
+	cfg.QEMU.ImagesDir = expandHome(cfg.QEMU.ImagesDir)
+	if cfg.QEMU.ImagesDir == "" {
+		cfg.QEMU.ImagesDir = filepath.Join(cfg.StateDir, "images")
+	}
 	cfg.Auth.AuthorizedKeysFile = expandHome(cfg.Auth.AuthorizedKeysFile)
 	return cfg, nil
 }
@@ -125,6 +139,11 @@ func (c config) check() error {
 	case "detect", "qemu":
 	default:
 		return fmt.Errorf("default_backend: %q is none that this server has: detect or qemu", c.DefaultBackend)
+	}
+	switch c.QEMU.PullPolicy {
+	case engine.PullMissing, engine.PullAlways, engine.PullNever:
+	default:
+		return fmt.Errorf("qemu.pull_policy: %q is none of missing, always, never", c.QEMU.PullPolicy)
 	}
 	switch c.LogLevel {
 	case "debug", "info", "warn", "error":

@@ -72,6 +72,15 @@ func doctor(ctx context.Context, cfg config, w io.Writer) error {
 	} else {
 		ok("agent", agent)
 	}
+	n, problems := authorizedKeys(cfg).Usable()
+	if n > 0 {
+		ok("ssh", fmt.Sprintf("authorized keys: %d", n))
+	} else {
+		fmt.Fprintf(tw, "none\tssh\tno key is authorized, so nobody can log in by SSH: %s\n", authorizeHint)
+	}
+	for _, p := range problems {
+		fmt.Fprintf(tw, "unused\tssh\t%s\n", p)
+	}
 	dir := cfg.StateDir
 	for !fileExists(dir) {
 		dir = filepath.Dir(dir)

@@ -6,9 +6,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -22,13 +25,67 @@ var version = "dev"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := command().ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "shed-server:", err)
-		if hint := shed.ErrorHint(err); hint != "" {
-			fmt.Fprintln(os.Stderr, "hint:", hint)
-		}
-		os.Exit(1)
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// Exit codes.
+const (
+	exitError = 1
+	exitUsage = 2
+)
+
+// run carries out one command line and returns the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := command()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
 	}
+	fmt.Fprintln(stderr, "shed-server:", err)
+	if hint := shed.ErrorHint(err); hint != "" {
+		fmt.Fprintln(stderr, "hint:", hint)
+	}
+	if usage := (usageError{}); errors.As(err, &usage) {
+		return exitUsage
+	}
+	return exitError
+}
+
+// usageError is an error about the command line.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// arguments checks that a command has n of them.
+func arguments(n int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) == n {
+			return nil
+		}
+		if n == 0 {
+			return usageError{shed.Errorf(shed.CodeInvalid, "%s takes no arguments, got %q", cmd.CommandPath(), args[0]).
+				WithHint("see: %s --help", cmd.CommandPath())}
+		}
+		return usageError{shed.Errorf(shed.CodeInvalid, "%s takes %d argument, got %d", cmd.CommandPath(), n, len(args)).
+			WithHint("usage: %s", cmd.UseLine())}
+	}
+}
+
+// unknownCommand says which commands there are.
+func unknownCommand(root *cobra.Command, name string) error {
+	var names []string
+	for _, cmd := range root.Commands() {
+		if cmd.IsAvailableCommand() {
+			names = append(names, cmd.Name())
+		}
+	}
+	return usageError{shed.Errorf(shed.CodeInvalid, "%q is no command of %s", name, root.CommandPath()).
+		WithHint("there are: %s  (see: %s --help)", strings.Join(names, ", "), root.CommandPath())}
 }
 
 func command() *cobra.Command {
@@ -40,12 +97,25 @@ func command() *cobra.Command {
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
+		Args:              cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return unknownCommand(cmd, args[0])
+			}
+			return cmd.Help()
+		},
 	}
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		if cmd == root && cmd.Flags().NArg() > 0 { // whose flags can't be known
+			return unknownCommand(root, cmd.Flags().Arg(0))
+		}
+		return usageError{shed.Errorf(shed.CodeInvalid, "%w", err).WithHint("see: %s --help", cmd.CommandPath())}
+	})
 	var configFile string
-	root.PersistentFlags().StringVarP(&configFile, "config", "c", "", "configuration file (default: the first of ./server.yaml, ~/.config/shed/server.yaml, /etc/shed/server.yaml)")
+	root.PersistentFlags().StringVarP(&configFile, "config", "c", "", "configuration `file` (default: the first of ./server.yaml, ~/.config/shed/server.yaml, /etc/shed/server.yaml)")
 	root.AddCommand(
 		&cobra.Command{
-			Use: "serve", Short: "Serve the HTTP API and SSH until interrupted; sheds run on", Args: cobra.NoArgs,
+			Use: "serve", Short: "Serve the HTTP API and SSH until interrupted; sheds run on", Args: arguments(0),
 			RunE: func(cmd *cobra.Command, _ []string) error {
 				cfg, err := loadConfig(configFile)
 				if err != nil {
@@ -55,7 +125,7 @@ func command() *cobra.Command {
 			},
 		},
 		&cobra.Command{
-			Use: "doctor", Short: "Check what this machine has to offer, and say what to do about what is missing", Args: cobra.NoArgs,
+			Use: "doctor", Short: "Check what this machine has to offer, and say what to do about what is missing", Args: arguments(0),
 			RunE: func(cmd *cobra.Command, _ []string) error {
 				cfg, err := loadConfig(configFile)
 				if err != nil {
@@ -65,11 +135,21 @@ func command() *cobra.Command {
 			},
 		},
 		&cobra.Command{
-			Use: "keep DIR", Short: "Run the machine of one shed (used by serve)", Hidden: true, Args: cobra.ExactArgs(1),
+			Use: "pull-images", Short: "Pull the images that the configuration names", Args: arguments(0),
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				cfg, err := loadConfig(configFile)
+				if err != nil {
+					return err
+				}
+				return pullImages(cmd.Context(), cfg, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			},
+		},
+		&cobra.Command{
+			Use: "keep DIR", Short: "Run the machine of one shed (used by serve)", Hidden: true, Args: arguments(1),
 			RunE: func(_ *cobra.Command, args []string) error { return keep(args[0]) },
 		},
 		&cobra.Command{
-			Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+			Use: "version", Short: "Print the version", Args: arguments(0),
 			Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), "shed-server", version) },
 		},
 	)

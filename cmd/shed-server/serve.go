@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -66,9 +67,12 @@ func serve(ctx context.Context, cfg config) (err error) {
 	if err != nil {
 		return err
 	}
-	keys := sshd.AuthorizedKeys{Lines: cfg.Auth.AuthorizedKeys, Files: []string{expandHome("~/.ssh/authorized_keys")}}
-	if cfg.Auth.AuthorizedKeysFile != "" {
-		keys.Files = append(keys.Files, cfg.Auth.AuthorizedKeysFile)
+	keys := authorizedKeys(cfg)
+	if n, problems := keys.Usable(); n == 0 {
+		if len(problems) == 0 {
+			problems = []string{"there is none"}
+		}
+		log.Warn("nobody can log in by SSH: no key is authorized", "why", strings.Join(problems, "; "), "hint", authorizeHint)
 	}
 	sshServer := sshd.New(sshd.Config{Sheds: e, HostKey: hostKey, AuthorizedKeys: keys, Log: log})
 	handler := api.NewServer(e, e, func() shed.Info { return info }, log)
@@ -87,6 +91,17 @@ func serve(ctx context.Context, cfg config) (err error) {
 	log.Info("ended; sheds run on")
 	return nil
 }
+
+func authorizedKeys(cfg config) sshd.AuthorizedKeys {
+	keys := sshd.AuthorizedKeys{Lines: cfg.Auth.AuthorizedKeys, Files: []string{expandHome("~/.ssh/authorized_keys")}}
+	if cfg.Auth.AuthorizedKeysFile != "" {
+		keys.Files = append(keys.Files, cfg.Auth.AuthorizedKeysFile)
+	}
+	return keys
+}
+
+// authorizeHint is for who wants to use SSH.
+const authorizeHint = "add a public key to ~/.ssh/authorized_keys, or to auth.authorized_keys in the configuration"
 
 // listen opens the Unix socket and the HTTP and SSH ports, in this order.
 func listen(cfg config) (listeners []net.Listener, err error) {
@@ -145,11 +160,7 @@ func listenUnix(path string) (net.Listener, error) {
 // newEngine wires the engine to what is on this machine.
 func newEngine(ctx context.Context, cfg config, dir *state.Dir, log *slog.Logger) (*engine.Engine, shed.Info, error) {
 	var info shed.Info
-	layers, err := rootfs.OpenLayers(dir.Path("layers"))
-	if err != nil {
-		return nil, info, err
-	}
-	images, err := image.Open(dir.Path("images"), layers)
+	images, err := openImages(cfg, dir)
 	if err != nil {
 		return nil, info, err
 	}
@@ -182,17 +193,23 @@ func newEngine(ctx context.Context, cfg config, dir *state.Dir, log *slog.Logger
 		Name: cfg.Name, Version: version, Backend: "qemu", Backends: []string{"qemu"},
 		Accel: string(accel), StateDir: cfg.StateDir,
 	}
+	backend := cfg.QEMU.backend()
+	backend.Driver, backend.Accel, backend.BootTimeout = &qemu.Driver{Binary: binary, Accel: accel}, string(accel), timeout
 	e, err := engine.New(ctx, engine.Config{
 		State: dir, Images: images, Kernels: kernels,
-		Backends: map[string]engine.Backend{"qemu": {
-			Driver: &qemu.Driver{Binary: binary, Accel: accel}, Accel: string(accel),
-			Image: cfg.QEMU.DefaultImage, Aliases: cfg.QEMU.ImageAliases,
-			CPUs: cfg.QEMU.DefaultCPUs, MemoryMB: cfg.QEMU.DefaultMemoryMB, BootTimeout: timeout,
-		}},
-		DefaultBackend: "qemu", Program: program, AgentBinary: agent, ServerName: cfg.Name,
+		Backends:       map[string]engine.Backend{"qemu": backend},
+		DefaultBackend: "qemu", Program: program, AgentBinary: agent, ServerName: cfg.Name, Version: version,
 		EnvFile: cfg.EnvFile, AllowHostPorts: cfg.Network.AllowHostPorts, Log: log,
 	})
 	return e, info, err
+}
+
+func openImages(cfg config, dir *state.Dir) (*image.Store, error) {
+	layers, err := rootfs.OpenLayers(dir.Path("layers"))
+	if err != nil {
+		return nil, err
+	}
+	return image.Open(cfg.QEMU.ImagesDir, layers)
 }
 
 // findAgent returns the agent for the guest, which is installed beside the server or below

@@ -89,15 +89,41 @@ func (c *cli) resolve(ref string) (*api.Client, string, error) {
 	return client, name, err
 }
 
-// each runs f for every shed in refs, those after a failed one included. The
-// last error is returned, the others are printed.
-func (c *cli) each(refs []string, f func(client *api.Client, name string) error) error {
-	var failed error
-	for _, ref := range refs {
-		client, name, err := c.resolve(ref)
-		if err == nil {
-			err = f(client, name)
+// target is a shed to do something to.
+type target struct {
+	client *api.Client
+	name   string
+}
+
+// targets returns the sheds that refs mean. It fails, before anything is done to
+// any of them, if one isn't there.
+func (c *cli) targets(ctx context.Context, refs []string) ([]target, error) {
+	var targets []target
+	seen := map[string]bool{}
+	err := each(c, refs, func(ref string) error {
+		if seen[ref] {
+			return nil // once is enough
 		}
+		seen[ref] = true
+		client, name, err := c.resolve(ref)
+		if err != nil {
+			return err
+		}
+		if _, err := client.Get(ctx, name); err != nil {
+			return err
+		}
+		targets = append(targets, target{client, name})
+		return nil
+	})
+	return targets, err
+}
+
+// each runs f for all of list, those after a failed one included. The last error is
+// returned, the others are printed.
+func each[T any](c *cli, list []T, f func(T) error) error {
+	var failed error
+	for _, v := range list {
+		err := f(v)
 		if err == nil {
 			continue
 		}
@@ -131,14 +157,20 @@ func (c *cli) printError(err error) {
 		c.printMessage(err)
 		return
 	}
+	said := err.Error()
+	if errors.Is(err, context.Canceled) {
+		said = interrupted
+	}
 	c.printJSON(struct {
 		Error shed.Error `json:"error"`
-	}{shed.Error{Code: shed.ErrorCode(err), Message: err.Error(), Hint: shed.ErrorHint(err)}})
+	}{shed.Error{Code: shed.ErrorCode(err), Message: said, Hint: shed.ErrorHint(err)}})
 }
+
+const interrupted = "interrupted"
 
 func (c *cli) printMessage(err error) {
 	if errors.Is(err, context.Canceled) {
-		c.message("shed: interrupted")
+		c.message("shed: " + interrupted)
 		return
 	}
 	c.message("shed: %s", err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
 	"net"
@@ -15,7 +14,7 @@ import (
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/api"
-	"github.com/goccy/go-yaml"
+	"github.com/charliek/shed/internal/strictyaml"
 )
 
 // config is the client's configuration file.
@@ -48,17 +47,16 @@ func loadConfig(path string) (*config, error) {
 		}
 		path = filepath.Join(home, ".shed", "config.yaml")
 	}
-	f, err := os.Open(path)
+	text, err := os.ReadFile(path)
 	if optional && errors.Is(err, fs.ErrNotExist) {
 		return &config{}, nil
 	}
 	if err != nil {
 		return nil, shed.Errorf(shed.CodeInvalid, "the configuration can't be read: %w", err)
 	}
-	defer f.Close()
 	cfg := &config{path: path}
-	if err := yaml.NewDecoder(f, yaml.Strict()).Decode(cfg); err != nil && !errors.Is(err, io.EOF) {
-		return nil, configError(path, err)
+	if err := strictyaml.Decode(path, text, cfg); err != nil {
+		return nil, err
 	}
 	for name, s := range cfg.Servers {
 		if (s.Host == "") == (s.Socket == "") {
@@ -71,19 +69,6 @@ func loadConfig(path string) (*config, error) {
 		}
 	}
 	return cfg, nil
-}
-
-// configError says in which line of the file what is wrong.
-func configError(path string, err error) error {
-	var at yaml.Error
-	if !errors.As(err, &at) || at.GetToken() == nil {
-		return shed.Errorf(shed.CodeInvalid, "%s: %w", path, err)
-	}
-	what := at.GetMessage()
-	if unknown := (*yaml.UnknownFieldError)(nil); errors.As(err, &unknown) {
-		what = fmt.Sprintf("unknown key %q", unknown.Token.Value)
-	}
-	return shed.Errorf(shed.CodeInvalid, "%s:%d: %s", path, at.GetToken().Position.Line, what)
 }
 
 func (c *config) find(name string) (serverConfig, error) {

@@ -7,12 +7,13 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/api"
 	"github.com/spf13/cobra"
 )
 
 func newCreate(c *cli) *cobra.Command {
 	var opts shed.CreateOptions
-	var timeout time.Duration
+	timeout := timeLimit(10 * time.Minute)
 	memory := binarySize{unit: 1 << 20, example: "2048 (in MB) or 4G"}
 	upper := binarySize{unit: 1, example: "20G"}
 	cmd := &cobra.Command{
@@ -26,16 +27,17 @@ func newCreate(c *cli) *cobra.Command {
 				return err
 			}
 			opts.Name, opts.MemoryMB, opts.UpperSize = name, int(memory.n), upper.n
-			ctx, cancel := context.WithTimeout(ctx, timeout)
+			ctx, cancel := context.WithTimeout(ctx, time.Duration(timeout))
 			defer cancel()
 			report, end := c.progress("create " + name)
 			sh, err := client.Create(ctx, opts, report)
 			end()
-			if errors.Is(err, context.DeadlineExceeded) {
-				return shed.Errorf(shed.CodeInternal, "create %s: not done after %s, so it was undone", name, timeout).
-					WithHint("allow more with --timeout")
-			}
-			if err != nil {
+			switch {
+			case errors.Is(err, context.DeadlineExceeded):
+				return cutOff(ctx, client, name, "not done after "+timeout.String()).WithHint("allow more with --timeout")
+			case errors.Is(err, context.Canceled):
+				return cutOff(ctx, client, name, interrupted)
+			case err != nil:
 				return err
 			}
 			if c.json {
@@ -53,13 +55,42 @@ func newCreate(c *cli) *cobra.Command {
 		return nil
 	}
 	f := cmd.Flags()
-	f.StringVarP(&opts.Repo, "repo", "r", "", "clone this `URL or owner/repo` into the shed")
-	f.StringVarP(&opts.Image, "image", "i", "", "`alias, tag, reference or digest` of the image (default: the server's)")
-	f.StringVar(&opts.Backend, "backend", "", "firecracker, vz or qemu (default: the server's)")
+	f.StringVarP(&opts.Repo, "repo", "r", "", "`repository` to clone into the shed: a URL, user@host:path or owner/repo")
+	f.StringVarP(&opts.Image, "image", "i", "", "`image` to make it of: an alias, tag, reference or digest (default: the server's)")
+	f.StringVar(&opts.Backend, "backend", "", "`name` of the machine monitor, one that the server has (default: the server's)")
 	f.IntVar(&opts.CPUs, "cpus", 0, "`number` of CPUs (default: the server's)")
 	f.Var(&memory, "memory", "memory in MB, or as 4G (default: the server's)")
 	f.Var(&upper, "upper-size", "largest `size` of the shed's own disk, 1G to 1T (default 20G; it grows as it is used)")
-	f.BoolVar(&opts.NoProvision, "no-provision", false, "don't run the repository's provisioning")
-	f.DurationVar(&timeout, "timeout", 10*time.Minute, "give up and undo after this `time`")
+	f.BoolVar(&opts.NoProvision, "no-provision", false, "don't clone the repository into the shed")
+	f.Var(&timeout, "timeout", "give up and undo after this `time`, such as 90s or 10m")
 	return cmd
 }
+
+// undoTime is how long an answer to whether a create was undone is waited for.
+const undoTime = 30 * time.Second
+
+// cutOff says what has become of a create that this program gave up, because of why:
+// the server undoes it when it sees that the caller has gone.
+func cutOff(ctx context.Context, client *api.Client, name, why string) *shed.Error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+	defer cancel()
+	for {
+		sh, err := client.Get(ctx, name)
+		switch {
+		case shed.ErrorCode(err) == shed.CodeNotFound:
+			return shed.Errorf(shed.CodeInternal, "create %s: %s, so it was undone: nothing of it is left", name, why)
+		case err != nil:
+			return shed.Errorf(shed.CodeInternal, "create %s: %s; whether it was undone is not known: %v", name, why, err).
+				WithHint("`shed list` shows whether it is there")
+		case sh.Status != shed.StatusCreating:
+			return shed.Errorf(shed.CodeInternal, "create %s: %s; there is a shed of that name, which is %s", name, why, sh.Status).
+				WithHint("shed delete %s removes it", name)
+		}
+		select {
+		case <-time.After(undoPoll):
+		case <-ctx.Done(): // the next Get says so
+		}
+	}
+}
+
+const undoPoll = 50 * time.Millisecond

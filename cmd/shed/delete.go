@@ -1,13 +1,10 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"strings"
 
-	"github.com/charliek/shed"
-	"github.com/charliek/shed/internal/api"
 	"github.com/spf13/cobra"
 )
 
@@ -16,24 +13,30 @@ func newDelete(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:               "delete NAME...",
 		Short:             "Delete sheds and all that was written in them",
+		Long:              "Delete sheds and all that was written in them, which can't be undone.\nThose that run are ended first.",
 		Args:              needs(true, "NAME"),
 		ValidArgsFunction: c.completeNames,
 	}
+	cmd.PreRunE = func(cmd *cobra.Command, args []string) error { return c.canConfirm(cmd, force, args) }
 	cmd.RunE = c.action(func(ctx context.Context, args []string) error {
-		if err := c.confirm(cmd, force, "Delete", args); err != nil {
+		targets, err := c.targets(ctx, args)
+		if err != nil {
+			return err
+		}
+		if err := c.confirm(force, "Delete", args); err != nil {
 			return err
 		}
 		deleted := []string{}
-		err := c.each(args, func(client *api.Client, name string) error {
-			report, end := c.progress("delete " + name)
-			err := client.Delete(ctx, name, report)
+		err = each(c, targets, func(t target) error {
+			report, end := c.progress("delete " + t.name)
+			err := t.client.Delete(ctx, t.name, report)
 			end()
 			if err != nil {
 				return err
 			}
-			deleted = append(deleted, name)
+			deleted = append(deleted, t.name)
 			if !c.json {
-				_, err = fmt.Fprintln(c.out, name)
+				_, err = fmt.Fprintln(c.out, t.name)
 			}
 			return err
 		})
@@ -48,27 +51,12 @@ func newDelete(c *cli) *cobra.Command {
 	return cmd
 }
 
-// confirm asks whether to do what can't be undone to the sheds in refs. It
-// returns an error where the answer isn't yes, or nobody can be asked.
-func (c *cli) confirm(cmd *cobra.Command, force bool, what string, refs []string) error {
-	if force {
-		return nil
-	}
-	_, canRead := terminal(c.in)
-	_, canAsk := terminal(c.err)
-	if c.json || !canRead || !canAsk {
-		return shed.Errorf(shed.CodeInvalid, "%s needs --force where it can't ask", cmd.CommandPath()).
-			WithHint("what was written in %s will be lost", strings.Join(refs, ", "))
-	}
-	fmt.Fprintf(c.err, "%s %s? What was written there is lost. [y/N] ", what, printable(strings.Join(refs, ", ")))
-	answer, err := bufio.NewReader(c.in).ReadString('\n')
-	if err != nil && answer == "" {
-		return fmt.Errorf("the answer can't be read: %w", err)
-	}
-	switch strings.ToLower(strings.TrimSpace(answer)) {
-	case "y", "yes":
-		return nil
-	}
-	c.message("nothing was done")
-	return exitStatus(exitError)
+// canConfirm returns an error if nobody can be asked whether to do what can't be undone to the sheds in refs.
+func (c *cli) canConfirm(cmd *cobra.Command, force bool, refs []string) error {
+	return c.canAsk(cmd, force, fmt.Sprintf("what was written in %s will be lost", strings.Join(refs, ", ")))
+}
+
+// confirm asks whether to do that. It returns an error unless the answer is yes.
+func (c *cli) confirm(force bool, what string, refs []string) error {
+	return c.ask(force, fmt.Sprintf("%s %s? What was written there is lost.", what, strings.Join(refs, ", ")))
 }

@@ -4,43 +4,27 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
 
+	"github.com/charliek/shed"
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 )
 
 func newImage(c *cli) *cobra.Command {
-	cmd := &cobra.Command{Use: "image", Short: "Build and list images"}
-	asGroup(cmd)
-	cmd.AddCommand(newImageBuild(c), newImageList(c))
-	return cmd
-}
+	cmd := &cobra.Command{
+		Use:   "image",
+		Short: "Build, move, inspect and remove images",
+		Long: `Build, move, inspect and remove images.
 
-func newImageBuild(c *cli) *cobra.Command {
-	return &cobra.Command{
-		Use:     "build PRESET",
-		Short:   "Build an image from a preset, such as base",
-		Args:    needs(false, "PRESET"),
-		Example: "  shed image build base",
-		RunE: c.action(func(ctx context.Context, args []string) error {
-			client, err := c.connect("")
-			if err != nil {
-				return err
-			}
-			report, end := c.progress("build " + args[0])
-			img, err := client.BuildPreset(ctx, args[0], report)
-			end()
-			if err != nil {
-				return err
-			}
-			if c.json {
-				return c.printJSON(img)
-			}
-			c.message("built %s, %s", img.Digest, humanize.IBytes(uint64(max(img.Size, 0))))
-			_, err = fmt.Fprintln(c.out, img.Ref)
-			return err
-		}),
+NAME is a tag, a digest, or at least 12 digits of one.`,
 	}
+	asGroup(cmd)
+	cmd.AddCommand(
+		newImageBuild(c), newImageList(c), newImageInspect(c), newImageHistory(c), newImagePull(c), newImagePush(c),
+		newImageSave(c), newImageLoad(c), newImageTag(c), newImageRemove(c), newImagePrune(c),
+	)
+	return cmd
 }
 
 func newImageList(c *cli) *cobra.Command {
@@ -64,11 +48,11 @@ func newImageList(c *cli) *cobra.Command {
 			rows := make([][]string, 0, len(images))
 			for _, img := range images {
 				rows = append(rows, []string{
-					img.Ref, shortDigest(img.Digest), fmt.Sprint(len(img.Layers)), humanize.IBytes(uint64(max(img.Size, 0))),
-					strings.Join(img.InUse, ","), humanize.Time(img.CreatedAt),
+					img.Ref, shortDigest(img.Digest), string(img.Source), byteSize(img.Size),
+					strings.Join(img.InUse, ","), ago(img.CreatedAt),
 				})
 			}
-			if err := c.printTable([]string{"IMAGE", "DIGEST", "LAYERS", "SIZE", "USED BY", "CREATED"}, rows); err != nil {
+			if err := c.printTable([]string{"REF", "DIGEST", "SOURCE", "SIZE", "IN USE", "CREATED"}, rows); err != nil {
 				return err
 			}
 			if len(images) == 0 {
@@ -79,8 +63,60 @@ func newImageList(c *cli) *cobra.Command {
 	}
 }
 
+// printImage prints what an operation has made or got.
+func (c *cli) printImage(img *shed.Image, what string) error {
+	if c.json {
+		return c.printJSON(img)
+	}
+	c.message("%s %s, %s", what, img.Digest, byteSize(img.Size))
+	return c.printLine(imageName(img))
+}
+
+// imageName returns the name that img is called by.
+func imageName(img *shed.Image) string {
+	if img.Ref == "" {
+		return img.Digest
+	}
+	return img.Ref
+}
+
+// printLine writes one line to stdout.
+func (c *cli) printLine(line string) error {
+	_, err := fmt.Fprintln(c.out, printable(line))
+	return err
+}
+
+func byteSize(n int64) string { return humanize.IBytes(uint64(max(n, 0))) }
+
+// ago says how long ago t was, if it is known.
+func ago(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return humanize.Time(t)
+}
+
 // shortDigest keeps what people need to tell digests apart.
 func shortDigest(digest string) string {
 	const short = len("sha256:") + 12
 	return digest[:min(len(digest), short)]
+}
+
+// completeImages completes names of images.
+func (c *cli) completeImages(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
+	defer cancel()
+	client, err := c.connect("")
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	images, err := client.Images(ctx)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, img := range images {
+		names = append(names, imageName(img))
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
 }

@@ -85,14 +85,17 @@ func TestUsage(t *testing.T) {
 		"image bild base":                 `hint: did you mean build?`,
 		"xyzzy":                           `"xyzzy" is no command of shed`,
 		"list --bogus":                    `unknown flag: --bogus`,
-		"list x":                          `"x" is too much`,
+		"list x":                          `shed list takes no arguments, got "x"`,
 		"start":                           `shed start needs NAME`,
 		"create":                          `shed create needs NAME`,
-		"create a b":                      `"b" is too much`,
+		"create a b":                      `shed create takes only NAME, got "b"`,
+		"create a --timeout 5":            `"--timeout" flag: "5" is no time: use a number with a unit, like 10m`,
+		"create a --timeout 0s":           `"0s" is no time`,
+		"create a --timeout -1m":          `"-1m" is no time`,
 		"create a --memory lots":          `"lots" is no size: use a number like 2048 (in MB) or 4G`,
 		"create a --memory 100K":          `no size`,
 		"create a --upper-size -1G":       `no size`,
-		"create a --cpus x":               `--cpus`,
+		"create a --cpus x":               `invalid argument "x" for "--cpus" flag: invalid syntax`,
 		"create A":                        `can't be the name of a shed`,
 		"exec":                            `shed exec needs NAME and CMD`,
 		"exec web":                        `needs CMD`,
@@ -144,7 +147,7 @@ func TestExitCodes(t *testing.T) {
 	serve(t, fake)
 	for code, want := range map[shed.Code]int{
 		shed.CodeInvalid: 2, shed.CodeNotFound: 3, shed.CodeNoImage: 3, shed.CodeExists: 4, shed.CodeConflict: 4,
-		shed.CodeUnreachable: 5, shed.CodeNoSpace: 1, shed.CodeBoot: 1, shed.CodeUnsupported: 1, shed.CodeInternal: 1,
+		shed.CodeUnreachable: 5, shed.CodeCommand: 1, shed.CodeNoSpace: 1, shed.CodeBoot: 1, shed.CodeUnsupported: 1, shed.CodeInternal: 1,
 	} {
 		fake.Before = func(context.Context, string, string, shed.Progress) error {
 			return shed.Errorf(code, "no good\x1b[2J").WithHint("try again")
@@ -170,10 +173,18 @@ func TestUnreachable(t *testing.T) {
 
 func TestConfig(t *testing.T) {
 	t.Setenv("HOME", t.TempDir())
-	path := writeConfig(t, "default_server: a\nservers:\n  a:\n    sockt: /x\n")
-	expect(t, "list", 2, "", "shed: "+path+":4: unknown key \"sockt\"\n")
-	path = writeConfig(t, "default_servers: a\n")
-	expect(t, "list", 2, "", "shed: "+path+":1: unknown key \"default_servers\"\n")
+	for text, want := range map[string]string{
+		"default_server: a\nservers:\n  a:\n    sockt: /x\n": ":4: unknown key \"sockt\"\nhint: the keys there are: host, http_port, ssh_port, socket\n",
+		"servers: {a: {socket: /x}, b: {sockt: /x}}\n":       ":1: unknown key \"sockt\"\nhint: the keys there are: host, http_port, ssh_port, socket\n",
+		"default_servers: a\n":                               ":1: unknown key \"default_servers\"\nhint: the keys there are: default_server, servers\n",
+		"servers:\n  a:\n    http_port: many\n":              ":3: http_port: this must be a whole number\n",
+		"servers:\n  a: {socket: [x]}\n":                     ":2: socket: this must be text\n",
+		"servers:\n  a: {host: x\n":                          ":2: could not find flow mapping end token '}'\n",
+	} {
+		path := writeConfig(t, text)
+		expect(t, "list", 2, "", "shed: "+path+want)
+	}
+	path := ""
 	path = writeConfig(t, "servers:\n  a: {host: x, socket: /y}\n")
 	expect(t, "list", 2, "", "shed: "+path+": server \"a\" needs either host: or socket:\n")
 	path = writeConfig(t, "default_server: b\nservers:\n  a: {socket: /y}\n")
@@ -213,7 +224,13 @@ func TestLifecycle(t *testing.T) {
 	expect(t, "create web", 4, "", "shed: there is a shed \"web\" already\nhint: delete it, or take another name\n")
 	expect(t, "create small --memory 512 -i base --backend qemu", 0, "small\n", "small is running; open a shell in it with: shed console small\n")
 	expect(t, "stop web here/small", 0, "web\nsmall\n", "")
-	expect(t, "start none web alsonone", 3, "web\n", "shed: there is no shed \"none\"\nshed: there is no shed \"alsonone\"\n")
+	for _, verb := range []string{"start", "stop", "reset --force", "delete --force"} {
+		expect(t, verb+" none web alsonone", 3, "", "shed: there is no shed \"none\"\nshed: there is no shed \"alsonone\"\n")
+		if sh, err := fake.Get(t.Context(), "web"); err != nil || sh.Status != shed.StatusStopped {
+			t.Errorf("after %s of one that isn't there: %+v, %v", verb, sh, err)
+		}
+	}
+	expect(t, "start web web", 0, "web\n", "")
 	expect(t, "reset --force web", 4, "", "shed: web is running\nhint: stop it first: shed stop web\n")
 	fake.Add(shed.Shed{Name: "broken", Status: shed.StatusStopped, Backend: "qemu", MemoryMB: 1500, Reason: "the machine ended\x1b[31m", CreatedAt: time.Now()})
 	code, stdout, stderr := shedCLI("ls")
@@ -240,31 +257,81 @@ func TestLifecycle(t *testing.T) {
 
 func TestProgressLines(t *testing.T) {
 	fake := &apitest.Fake{Before: func(_ context.Context, _, _ string, p shed.Progress) error {
-		p.Report(shed.Event{Phase: "pull", Message: "debian:12\x07"})
+		p.Report(shed.Event{Phase: "pull", Message: "pulling\n debian:12\x07"})
+		p.Report(shed.Event{Phase: "pull", Message: "unpacking"})
+		p.Report(shed.Event{Phase: "pull", Item: "layer", Current: 7, Unit: "bytes", Done: true})
 		p.Report(shed.Event{Phase: "pull", Current: 5, Total: 10, Unit: "bytes"})
 		p.Report(shed.Event{Phase: "pull", Done: true, Elapsed: 1250 * time.Millisecond})
+		p.Phase("boot", "")
 		p.Report(shed.Event{Phase: "boot", Done: true, Elapsed: 83 * time.Second})
 		return nil
 	}}
 	serve(t, fake)
 	fake.Add(shed.Shed{Name: "web"})
-	expect(t, "start web", 0, "web\n", "start web: pull debian:12\uFFFD ... 1.2s\nstart web: boot ... 1m23s\n")
+	expect(t, "start web", 0, "web\n", "start web: layer  7 B ... 0.0s\nstart web: pulling debian:12\uFFFD ... 1.2s\nstart web: boot ... 1m23s\n")
 	code, stdout, stderr := shedCLI("start", "web", "-vv", "--json")
-	if code != 0 || !json.Valid([]byte(stdout)) || !strings.Contains(stderr, "start web: pull debian:12\uFFFD 5 B/10 B\n") || !strings.Contains(stderr, "POST /api/sheds/web/start: 200 OK after ") {
+	if code != 0 || !json.Valid([]byte(stdout)) || !strings.Contains(stderr, "start web: pulling debian:12\uFFFD: unpacking 5 B/10 B\n") || !strings.Contains(stderr, "POST /api/sheds/web/start: 200 OK after ") {
 		t.Errorf("start -vv --json: %d, %q, %q", code, stdout, stderr)
 	}
 }
 
-func TestCreateTimeout(t *testing.T) {
-	undone := make(chan struct{})
-	fake := &apitest.Fake{Before: func(ctx context.Context, _, _ string, _ shed.Progress) error {
+// slowCreate is a Before that creates until nobody asks for it any more, and then takes a while to undo it.
+func slowCreate(fake *apitest.Fake, creating func()) {
+	fake.Before = func(ctx context.Context, op, name string, _ shed.Progress) error {
+		if op != "create" {
+			return nil
+		}
+		fake.Add(shed.Shed{Name: name, Status: shed.StatusCreating})
+		creating()
 		<-ctx.Done()
-		close(undone)
+		time.Sleep(3 * undoPoll)
+		fake.Delete(context.Background(), name, nil)
 		return ctx.Err()
-	}}
+	}
+}
+
+func TestCreateTimeout(t *testing.T) {
+	fake := &apitest.Fake{}
+	slowCreate(fake, func() {})
 	serve(t, fake)
-	expect(t, "create web --timeout 50ms", 1, "", "shed: create web: not done after 50ms, so it was undone\nhint: allow more with --timeout\n")
-	<-undone
+	expect(t, "create web --timeout 50ms", 1, "", "shed: create web: not done after 50ms, so it was undone: nothing of it is left\nhint: allow more with --timeout\n")
+	if list, err := fake.List(t.Context()); err != nil || len(list) != 0 {
+		t.Errorf("it said so before it was so: %+v, %v", list, err)
+	}
+}
+
+func TestCreateInterrupted(t *testing.T) {
+	self, err := os.FindProcess(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	fake := &apitest.Fake{}
+	slowCreate(fake, func() { self.Signal(os.Interrupt) })
+	serve(t, fake)
+	expect(t, "create web", 1, "", "shed: create web: interrupted, so it was undone: nothing of it is left\n")
+	if list, err := fake.List(t.Context()); err != nil || len(list) != 0 {
+		t.Errorf("it said so before it was so: %+v, %v", list, err)
+	}
+	// It may have been there before the interrupt came.
+	fake.Before = func(ctx context.Context, op, _ string, _ shed.Progress) error {
+		if op != "create" {
+			return nil
+		}
+		self.Signal(os.Interrupt)
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	fake.Add(shed.Shed{Name: "web", Status: shed.StatusRunning})
+	expect(t, "create web", 1, "", "shed: create web: interrupted; there is a shed of that name, which is running\nhint: shed delete web removes it\n")
+}
+
+func TestTimeLimit(t *testing.T) {
+	for value, want := range map[string]string{"90s": "1m30s", "10m": "10m", "1h": "1h0m", "1h30m": "1h30m", "50ms": "50ms"} {
+		var l timeLimit
+		if err := l.Set(value); err != nil || l.String() != want {
+			t.Errorf("%s: %s, %v", value, l.String(), err)
+		}
+	}
 }
 
 func TestLogs(t *testing.T) {
@@ -275,18 +342,6 @@ func TestLogs(t *testing.T) {
 	expect(t, "logs -f here/web", 0, "a\x00b\n", "")
 	expect(t, "logs web --json", 0, "{\n  \"name\": \"web\",\n  \"logs\": \"a\\u0000b\\n\"\n}\n", "")
 	expect(t, "logs none", 3, "", "shed: there is no shed \"none\"\n")
-}
-
-func TestImages(t *testing.T) {
-	serve(t, &apitest.Fake{})
-	code, stdout, _ := shedCLI("image", "list")
-	lines := strings.Split(stdout, "\n")
-	if code != 0 || lines[0] != "IMAGE   DIGEST                LAYERS   SIZE      USED BY   CREATED" ||
-		!strings.HasPrefix(lines[1], "base    sha256:abababababab   1        207 MiB   -         ") {
-		t.Errorf("image list: %d\n%s", code, stdout)
-	}
-	expect(t, "image build base", 0, "base\n", "built sha256:"+strings.Repeat("ab", 32)+", 207 MiB\n")
-	expect(t, "image build nothing", 2, "", "shed: there is no preset \"nothing\"\n")
 }
 
 func TestVersion(t *testing.T) {

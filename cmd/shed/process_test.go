@@ -283,7 +283,12 @@ func TestExecFromTerminal(t *testing.T) {
 
 func TestDeleteAsks(t *testing.T) {
 	fake := serveGuest(t)
-	s := newSession(t, "delete", "web")
+	s := newSession(t, "delete", "web", "none")
+	if said := s.until("there is no shed \"none\"\r\n"); strings.Contains(said, "[y/N]") {
+		t.Errorf("it asked about a shed that isn't there: %q", said)
+	}
+	s.end(3)
+	s = newSession(t, "delete", "web")
 	s.until("[y/N] ")
 	io.WriteString(s.user, "\n")
 	s.until("nothing was done\r\n")
@@ -301,10 +306,12 @@ func TestDisplay(t *testing.T) {
 	proceed := make(chan struct{})
 	fake := &apitest.Fake{Before: func(_ context.Context, op, _ string, p shed.Progress) error {
 		if op == "start" {
-			p.Report(shed.Event{Phase: "pull", Message: "debian:12"})
-			p.Report(shed.Event{Phase: "pull", Current: 5e6, Total: 10e6, Unit: "bytes"})
+			p.Phase("boot", "")()
+			p.Report(shed.Event{Phase: "pull", Message: "pulling debian:12"})
+			p.Report(shed.Event{Phase: "pull", Message: "unpacking"})
+			p.Report(shed.Event{Phase: "pull", Current: 5 << 20, Total: 10 << 20, Unit: "bytes"})
 			<-proceed
-			p.Report(shed.Event{Phase: "pull", Current: 10e6, Total: 10e6, Unit: "bytes"})
+			p.Report(shed.Event{Phase: "pull", Current: 10 << 20, Total: 10 << 20, Unit: "bytes"})
 			p.Report(shed.Event{Phase: "pull", Done: true, Elapsed: time.Second})
 		}
 		return nil
@@ -314,11 +321,12 @@ func TestDisplay(t *testing.T) {
 	t.Setenv("TERM", "xterm")
 	t.Setenv("NO_COLOR", "1")
 	s := newSession(t, "start", "web")
+	s.until("\r\x1b[J✓ start web: boot  0.0s\r\n")
 	s.until("\r\x1b[K") // drawn
-	s.until(" start web: pull debian:12  5.0 MB/10 MB  ")
+	s.until(" start web: pulling debian:12: unpacking  5.0 MiB/10 MiB  ")
 	close(proceed)
-	s.until("\r\x1b[K✓ pull debian:12  10 MB  1.0s\r\n")
-	if got := s.until("web\r\n"); !strings.HasSuffix(got, "\r\x1b[Kweb\r\n") {
+	s.until("\r\x1b[J✓ start web: pulling debian:12  10 MiB  1.0s\r\n")
+	if got := s.until("web\r\n"); !strings.HasSuffix(got, "\r\x1b[Jweb\r\n") {
 		t.Errorf("the display was not cleared: %q", got)
 	}
 	s.end(0)

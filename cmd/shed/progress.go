@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"strings"
 	"sync"
@@ -18,12 +19,12 @@ import (
 func (c *cli) progress(operation string) (report shed.Progress, end func()) {
 	fd, tty := terminal(c.err)
 	if tty && os.Getenv("TERM") != "dumb" && c.verbose < 2 {
-		d := &display{w: c.err, operation: operation, color: c.color(), start: time.Now(), width: func() int {
-			width, _, err := term.GetSize(fd)
-			if err != nil || width <= 0 {
-				return 80
+		d := &display{w: c.err, operation: operation, color: c.color(), start: time.Now(), size: func() (width, height int) {
+			width, height, err := term.GetSize(fd)
+			if err != nil || width <= 0 || height <= 0 {
+				return 80, 24
 			}
-			return width
+			return width, height
 		}}
 		return d.report, d.run()
 	}
@@ -31,9 +32,26 @@ func (c *cli) progress(operation string) (report shed.Progress, end func()) {
 	return l.report, func() {}
 }
 
+// linesPhase is the phase whose messages, but for the first, are lines that were
+// printed somewhere else: all of them are shown.
+const linesPhase = "build"
+
+// isLine says whether e is such a line of p.
+func (p *phase) isLine(e shed.Event) bool {
+	return e.Phase == linesPhase && p.name == linesPhase && e.Item == "" && e.Message != "" && !e.Done
+}
+
+// lastPrinted returns what a terminal would show of a line that was printed over itself.
+func lastPrinted(line string) string {
+	line = strings.TrimRight(line, "\r\n")
+	return line[strings.LastIndexByte(line, '\r')+1:]
+}
+
 // phase is what is known about the phase that is under way.
 type phase struct {
-	name, message  string
+	name           string
+	title          string // what its first event called it, or its name
+	message        string // what has been said since
 	current, total int64
 	unit           string
 	start          time.Time
@@ -41,11 +59,17 @@ type phase struct {
 
 // update takes in e. It says whether e ends the phase.
 func (p *phase) update(e shed.Event) (done bool) {
-	if e.Phase != p.name {
-		*p = phase{name: e.Phase, start: time.Now()}
+	if e.Item != "" {
+		return false
 	}
-	if e.Message != "" {
-		p.message = e.Message
+	message := oneLine(e.Message)
+	if e.Phase != p.name {
+		*p = phase{name: e.Phase, title: message, start: time.Now()}
+		if message == "" {
+			p.title = oneLine(e.Phase)
+		}
+	} else if message != "" {
+		p.message = message
 	}
 	if e.Current > 0 || e.Total > 0 {
 		p.current, p.total, p.unit = e.Current, e.Total, e.Unit
@@ -53,9 +77,15 @@ func (p *phase) update(e shed.Event) (done bool) {
 	return e.Done
 }
 
-func (p *phase) title() string {
-	return strings.Join(strings.Fields(printable(p.name+" "+p.message)), " ")
+// now says what goes on in the phase.
+func (p *phase) now() string {
+	if p.message == "" {
+		return p.title
+	}
+	return p.title + ": " + p.message
 }
+
+func oneLine(s string) string { return strings.Join(strings.Fields(printable(s)), " ") }
 
 // count returns how far the phase is, with a rate for bytes that are still moving.
 func (p *phase) count(elapsed time.Duration, rate bool) string {
@@ -68,15 +98,15 @@ func (p *phase) count(elapsed time.Duration, rate bool) string {
 		}
 		return fmt.Sprintf("%d %s", p.current, printable(p.unit))
 	}
-	s := humanize.Bytes(uint64(max(p.current, 0)))
+	s := humanize.IBytes(uint64(max(p.current, 0)))
 	if !rate {
 		return s
 	}
 	if p.total > 0 {
-		s += "/" + humanize.Bytes(uint64(p.total))
+		s += "/" + humanize.IBytes(uint64(p.total))
 	}
 	if elapsed >= time.Second {
-		s += " " + humanize.Bytes(uint64(float64(max(p.current, 0))/elapsed.Seconds())) + "/s"
+		s += " " + humanize.IBytes(uint64(float64(max(p.current, 0))/elapsed.Seconds())) + "/s"
 	}
 	return s
 }
@@ -89,40 +119,62 @@ func duration(d time.Duration) string {
 	return d.Round(time.Second).String()
 }
 
-// lines shows progress where stderr is no terminal: one line for each phase.
+// lines shows progress where stderr is no terminal: one line for each phase,
+// and two for each item.
 type lines struct {
 	c         *cli
 	operation string
 	all       bool // every event
 	phase     phase
+	items     items
 }
 
 func (l *lines) report(e shed.Event) {
+	if l.phase.isLine(e) {
+		l.c.message("%s", lastPrinted(e.Message))
+		return
+	}
+	if e.Item != "" {
+		it, begins := l.items.update(e)
+		if e.Done {
+			line, took := it.summary()
+			l.c.message("%s: %s ... %s", l.operation, line, duration(took))
+		} else if l.all {
+			l.c.message("%s: %s", l.operation, it.line(math.MaxInt))
+		} else if begins {
+			l.c.message("%s: %s", l.operation, it.title())
+		}
+		return
+	}
 	if l.all && !e.Done {
 		l.phase.update(e)
-		l.c.message("%s: %s", l.operation, strings.TrimSpace(l.phase.title()+" "+l.phase.count(0, true)))
+		l.c.message("%s: %s", l.operation, strings.TrimSpace(l.phase.now()+" "+l.phase.count(0, true)))
 	} else if l.phase.update(e) {
-		l.c.message("%s: %s ... %s", l.operation, l.phase.title(), duration(e.Elapsed))
+		l.c.message("%s: %s ... %s", l.operation, l.phase.title, duration(e.Elapsed))
 		l.phase = phase{}
+		l.items.end(e.Phase)
 	}
 }
 
-// display shows progress on a terminal: a line for each phase that has ended,
-// and one, rewritten, for what is under way.
+// display shows progress on a terminal: a line for each phase and item that has
+// ended, and below them a block, rewritten, of what is under way.
 type display struct {
 	w         io.Writer
 	operation string
 	color     bool
-	width     func() int
+	size      func() (width, height int)
 	start     time.Time
 
 	mu    sync.Mutex
 	phase phase
+	items items
 	frame int
+	below int // lines of the block below its first; the cursor is in the last
 }
 
 const (
-	clearLine = "\r\x1b[K"
+	clearDown = "\x1b[J"
+	clearLine = "\x1b[K"
 	spinner   = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 	refresh   = 100 * time.Millisecond
 	// quiet is how long an operation may take without any display.
@@ -150,24 +202,56 @@ func (d *display) run() (end func()) {
 	return func() {
 		close(stop)
 		<-done
-		io.WriteString(d.w, clearLine)
+		io.WriteString(d.w, d.top()+clearDown)
 	}
+}
+
+// top moves the cursor to where the block begins.
+func (d *display) top() string {
+	if d.below == 0 {
+		return "\r"
+	}
+	return fmt.Sprintf("\r\x1b[%dA", d.below)
+}
+
+// above writes a line that stays above the block.
+func (d *display) above(line string) {
+	io.WriteString(d.w, d.top()+clearDown+line+"\n")
+	d.below = 0
 }
 
 func (d *display) report(e shed.Event) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.phase.isLine(e) {
+		d.above(printable(lastPrinted(e.Message)))
+		return
+	}
+	if e.Item != "" {
+		if it, _ := d.items.update(e); e.Done {
+			line, took := it.summary()
+			d.finished(line, took)
+		}
+		return
+	}
 	if !d.phase.update(e) {
 		return
 	}
-	line := d.phase.title()
+	line := d.phase.title
 	if count := d.phase.count(e.Elapsed, false); count != "" {
 		line += "  " + count
 	}
-	elapsed := duration(e.Elapsed)
-	line = truncate(line, d.width()-len(elapsed)-5)
-	fmt.Fprintf(d.w, "%s%s %s  %s\n", clearLine, d.paint("32", "✓"), line, d.paint("2", elapsed))
+	d.finished(line, e.Elapsed)
 	d.phase = phase{}
+	d.items.end(e.Phase)
+}
+
+// finished writes the line of what has ended.
+func (d *display) finished(line string, took time.Duration) {
+	elapsed := duration(took)
+	width, _ := d.size()
+	line = truncate(d.operation+": "+line, width-len(elapsed)-5)
+	d.above(d.paint("32", "✓") + " " + line + "  " + d.paint("2", elapsed))
 }
 
 func (d *display) draw() {
@@ -176,7 +260,7 @@ func (d *display) draw() {
 	}
 	line, start := d.operation, d.start
 	if d.phase.name != "" {
-		line, start = d.operation+": "+d.phase.title(), d.phase.start
+		line, start = d.operation+": "+d.phase.now(), d.phase.start
 	}
 	elapsed := time.Since(start)
 	if count := d.phase.count(elapsed, true); count != "" {
@@ -184,8 +268,17 @@ func (d *display) draw() {
 	}
 	frames := []rune(spinner)
 	d.frame = (d.frame + 1) % len(frames)
-	line = truncate(line+"  "+duration(elapsed), d.width()-3)
-	fmt.Fprintf(d.w, "%s%s %s", clearLine, d.paint("36", string(frames[d.frame])), line)
+	width, height := d.size()
+	line = truncate(line+"  "+duration(elapsed), width-3)
+	var b strings.Builder
+	b.WriteString(d.top() + clearLine + d.paint("36", string(frames[d.frame])) + " " + line)
+	below := d.items.lines(width-3, height-2)
+	for _, line := range below {
+		b.WriteString("\n" + clearLine + "  " + line)
+	}
+	b.WriteString(clearDown)
+	d.below = len(below)
+	io.WriteString(d.w, b.String())
 }
 
 func (d *display) paint(color, s string) string {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	"github.com/charliek/shed"
-	"github.com/charliek/shed/internal/api"
 	"github.com/spf13/cobra"
 )
 
@@ -16,26 +15,30 @@ func newStart(c *cli) *cobra.Command {
 		Args:              needs(true, "NAME"),
 		ValidArgsFunction: c.completeNames,
 		RunE: c.action(func(ctx context.Context, args []string) error {
-			return c.change("start", args, func(client *api.Client, name string, p shed.Progress) (*shed.Shed, error) {
-				return client.Start(ctx, name, p)
+			targets, err := c.targets(ctx, args)
+			if err != nil {
+				return err
+			}
+			return c.change("start", targets, func(t target, p shed.Progress) (*shed.Shed, error) {
+				return t.client.Start(ctx, t.name, p)
 			})
 		}),
 	}
 }
 
-// change runs f, the operation called verb, on every shed in refs, and prints what became of them.
-func (c *cli) change(verb string, refs []string, f func(client *api.Client, name string, p shed.Progress) (*shed.Shed, error)) error {
+// change runs f, the operation called verb, on all targets, and prints what became of them.
+func (c *cli) change(verb string, targets []target, f func(t target, p shed.Progress) (*shed.Shed, error)) error {
 	var sheds []*shed.Shed
-	err := c.each(refs, func(client *api.Client, name string) error {
-		report, end := c.progress(verb + " " + name)
-		sh, err := f(client, name, report)
+	err := each(c, targets, func(t target) error {
+		report, end := c.progress(verb + " " + t.name)
+		sh, err := f(t, report)
 		end()
 		if err != nil {
 			return err
 		}
 		sheds = append(sheds, sh)
 		if !c.json {
-			_, err = fmt.Fprintln(c.out, name)
+			_, err = fmt.Fprintln(c.out, t.name)
 		}
 		return err
 	})

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/charliek/shed"
@@ -41,6 +43,9 @@ func flagError(cmd *cobra.Command, err error) error {
 	if cmd.HasSubCommands() && cmd.Flags().NArg() > 0 {
 		return unknownCommand(cmd, cmd.Flags().Arg(0)) // whose flags can't be known
 	}
+	if num := (*strconv.NumError)(nil); errors.As(err, &num) { // without the names of Go's functions
+		return usageError(cmd, "%s%w", strings.TrimSuffix(err.Error(), num.Error()), num.Err)
+	}
 	return usageError(cmd, "%w", err)
 }
 
@@ -51,7 +56,11 @@ func needs(many bool, names ...string) cobra.PositionalArgs {
 			return usageError(cmd, "%s needs %s", cmd.CommandPath(), strings.Join(names[len(args):], " and "))
 		}
 		if len(args) > len(names) && !many {
-			return usageError(cmd, "%s: %q is too much", cmd.CommandPath(), args[len(names)])
+			takes := "no arguments"
+			if len(names) > 0 {
+				takes = "only " + strings.Join(names, " and ")
+			}
+			return usageError(cmd, "%s takes %s, got %q", cmd.CommandPath(), takes, args[len(names)])
 		}
 		return nil
 	}

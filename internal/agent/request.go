@@ -25,16 +25,28 @@ type Request struct {
 	PowerOff *PowerOff     `json:"power_off,omitempty"`
 }
 
+// DefaultUser is who commands run as where nobody says otherwise. Every shed has the user.
+const DefaultUser = "shed"
+
 // Setup gives a booted machine what is this shed's own. The agent then mounts its
-// root file system and hands over to the image's init, if there is one. A second
-// Setup only replaces Env and Workspace.
+// root file system and hands over to the image's init, if there is one. It answers when
+// commands can be run; those wait for the network themselves. A second
+// Setup only replaces Env, Workspace and Image.
 type Setup struct {
 	Hostname  string   `json:"hostname"`
 	Env       []string `json:"env"`       // of every command: K=V
-	Workspace string   `json:"workspace"` // default directory of commands
-	Layers    int      `json:"layers"`    // number of read-only layers
+	Workspace string   `json:"workspace"` // default directory of commands; "" means the home
+	Image     Image    `json:"image"`
+	Layers    int      `json:"layers"` // number of read-only layers
 	Network   Network  `json:"network"`
 	Clock     Clock    `json:"clock"`
+}
+
+// Image is what an image's configuration says about the commands that run in it.
+type Image struct {
+	Env        []string `json:"env,omitempty"`         // K=V; Setup's comes on top
+	WorkingDir string   `json:"working_dir,omitempty"` // of commands where there is no workspace
+	User       string   `json:"user,omitempty"`        // of commands: NAME or UID[:GROUP or GID]
 }
 
 // Network is the machine's only interface. The zero value means none.

@@ -3,8 +3,9 @@
 // Bodies are JSON; an error is {"error": {"code", "message", "hint"}} with the
 // status of its code. Long work answers with server-sent events where the
 // client accepts them: any number of "progress" (a shed.Event), then one
-// "complete" (the result) or "error". Exec upgrades its connection, which
-// then carries the exec protocol of internal/agent.
+// "complete" (the result) or "error". Archives and build contexts are tars of
+// any size, streamed. Exec upgrades its connection, which then carries the
+// exec protocol of internal/agent.
 package api
 
 import (
@@ -46,9 +47,11 @@ var statuses = []struct {
 	{shed.CodeNoImage, http.StatusNotFound},
 	{shed.CodeConflict, http.StatusConflict},
 	{shed.CodeExists, http.StatusConflict},
+	{shed.CodeCommand, http.StatusUnprocessableEntity},
 	{shed.CodeInternal, http.StatusInternalServerError},
 	{shed.CodeUnsupported, http.StatusNotImplemented},
 	{shed.CodeBoot, http.StatusBadGateway},
+	{shed.CodeRegistry, http.StatusBadGateway},
 	{shed.CodeUnreachable, http.StatusServiceUnavailable},
 	{shed.CodeNoSpace, http.StatusInsufficientStorage},
 }
@@ -85,10 +88,6 @@ func newErrorBody(err error) errorBody {
 		Message: err.Error(),
 		Hint:    shed.ErrorHint(err),
 	}}
-}
-
-type buildRequest struct {
-	Preset string `json:"preset"`
 }
 
 // DefaultSocket returns the path of the local server's socket: /run/shed/shed.sock

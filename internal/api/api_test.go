@@ -66,7 +66,7 @@ func TestErrorsSurvive(t *testing.T) {
 	c := newTestClient(t, fake)
 	codes := []shed.Code{
 		shed.CodeInvalid, shed.CodeNotFound, shed.CodeNoImage, shed.CodeExists, shed.CodeConflict, shed.CodeNoSpace,
-		shed.CodeBoot, shed.CodeUnreachable, shed.CodeUnsupported, shed.CodeInternal,
+		shed.CodeBoot, shed.CodeUnreachable, shed.CodeRegistry, shed.CodeCommand, shed.CodeUnsupported, shed.CodeInternal,
 	}
 	if len(codes) != len(statuses) {
 		t.Fatalf("%d codes here, %d in the table", len(codes), len(statuses))
@@ -244,7 +244,7 @@ func TestRefusedRequests(t *testing.T) {
 		{"unknown field", "POST", "/api/sheds", `{"name":"a","cpuz":1}`, jsonHeader, 400, `unknown field \"cpuz\"`},
 		{"wrong type", "POST", "/api/sheds", `{"name":"a","cpus":"x"}`, jsonHeader, 400, `\"cpus\"`},
 		{"broken", "POST", "/api/sheds", `{"name":`, jsonHeader, 400, "unexpected EOF"},
-		{"no body", "POST", "/api/sheds", ``, jsonHeader, 400, "no body"},
+		{"no body", "POST", "/api/sheds", ``, jsonHeader, 400, "body is missing"},
 		{"more than one value", "POST", "/api/sheds", `{"name":"a"} {}`, jsonHeader, 400, "goes on"},
 		{"rubbish after", "POST", "/api/sheds", `{"name":"a"} x`, jsonHeader, 400, "goes on"},
 		{"too large", "POST", "/api/sheds", `{"name":"` + strings.Repeat("a", maxBody) + `"}`, jsonHeader, 413, "limit"},

@@ -182,17 +182,23 @@ func (c *Client) call(ctx context.Context, method, path string, body, v any, p s
 		return err
 	}
 	defer resp.Body.Close()
+	return c.decodeAnswer(resp, v, p)
+}
+
+// decodeAnswer decodes the answer into v, and hands the events before it to p.
+func (c *Client) decodeAnswer(resp *http.Response, v any, p shed.Progress) error {
 	var data []byte
+	var err error
 	if t, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); t == eventsType {
 		data, err = readEvents(resp.Body, p)
 	} else {
 		data, err = io.ReadAll(resp.Body)
 	}
 	if err != nil {
-		return c.requestError(ctx, err)
+		return c.requestError(resp.Request.Context(), err)
 	}
 	if err := json.Unmarshal(data, v); err != nil {
-		return shed.Errorf(shed.CodeInternal, "%s: %s %s: the answer is not understood: %w", c.label, method, path, err)
+		return shed.Errorf(shed.CodeInternal, "%s: %s %s: the answer is not understood: %w", c.label, resp.Request.Method, resp.Request.URL.Path, err)
 	}
 	return nil
 }
@@ -280,34 +286,20 @@ func (c *Client) Logs(ctx context.Context, name string, follow bool) (io.ReadClo
 	if err != nil {
 		return nil, err
 	}
-	return &logReader{resp.Body, ctx, c}, nil
+	return &answerReader{resp.Body, ctx, c}, nil
 }
 
-// logReader gives the errors of a broken answer the form of the others.
-type logReader struct {
+// answerReader gives the errors of a broken answer the form of the others.
+type answerReader struct {
 	io.ReadCloser
 	ctx context.Context
 	c   *Client
 }
 
-func (r *logReader) Read(p []byte) (int, error) {
+func (r *answerReader) Read(p []byte) (int, error) {
 	n, err := r.ReadCloser.Read(p)
 	if err != nil && !errors.Is(err, io.EOF) {
 		err = r.c.requestError(r.ctx, err)
 	}
 	return n, err
-}
-
-func (c *Client) Images(ctx context.Context) ([]*shed.Image, error) {
-	var images []*shed.Image
-	err := c.call(ctx, http.MethodGet, "/api/images", nil, &images, nil)
-	return images, err
-}
-
-func (c *Client) BuildPreset(ctx context.Context, preset string, p shed.Progress) (*shed.Image, error) {
-	img := new(shed.Image)
-	if err := c.call(ctx, http.MethodPost, "/api/images/build", buildRequest{Preset: preset}, img, p); err != nil {
-		return nil, err
-	}
-	return img, nil
 }

@@ -15,7 +15,7 @@ import (
 )
 
 // maxEvent bounds the data of one event, in bytes.
-const maxEvent = 1 << 20
+const maxEvent = 8 << 20
 
 // readEvents hands progress to p and returns the result of the operation, or
 // the error that it ended with.

@@ -16,8 +16,11 @@ const (
 	keepalive = 15 * time.Second
 	// writeTimeout is how long a client may take to read before it counts as gone.
 	writeTimeout = time.Minute
-	// maxPending bounds the events that wait for a slow client.
-	maxPending = 256
+	// maxPending bounds the events that wait for a slow client. It has room for
+	// what a build prints at a time.
+	maxPending = 4096
+	// maxItems is among how many of them an older count is looked for.
+	maxItems = 256
 )
 
 // operation is long work. Its result is encoded as JSON.
@@ -42,6 +45,7 @@ func (s *server) operation(w http.ResponseWriter, r *http.Request, status int, o
 	w.WriteHeader(http.StatusOK)
 	stream := &eventStream{w: w, ctl: http.NewResponseController(w), wake: make(chan struct{}, 1)}
 	stream.ctl.Flush()
+	defer stream.ctl.SetWriteDeadline(time.Time{}) // the connection may carry more requests
 	v, err := stream.run(ctx, cancel, op)
 	if err != nil {
 		s.logFailure(r, err)
@@ -111,12 +115,13 @@ func (s *eventStream) pump(stop <-chan struct{}, gone func()) {
 	}
 }
 
-// add queues e. A count replaces an older one of the same phase.
+// add queues e. A count replaces an older one of the same item. Where the queue
+// is full, only ends have room: what has begun must not seem to go on for ever.
 func (s *eventStream) add(e shed.Event) {
 	s.mu.Lock()
-	if n := len(s.pending); n > 0 && supersedes(e, s.pending[n-1]) {
-		s.pending[n-1] = e
-	} else if n < maxPending {
+	if old := s.olderCount(e); old != nil {
+		*old = e
+	} else if len(s.pending) < maxPending || e.Done {
 		s.pending = append(s.pending, e)
 	}
 	s.mu.Unlock()
@@ -126,8 +131,19 @@ func (s *eventStream) add(e shed.Event) {
 	}
 }
 
-func supersedes(e, old shed.Event) bool {
-	return e.Phase == old.Phase && !e.Done && !old.Done && e.Current > old.Current && old.Current > 0 && e.Message == old.Message
+// olderCount returns the pending event that e makes obsolete, if there is one.
+func (s *eventStream) olderCount(e shed.Event) *shed.Event {
+	for i := len(s.pending) - 1; i >= max(0, len(s.pending)-maxItems); i-- {
+		old := &s.pending[i]
+		if old.Phase != e.Phase || old.Item != e.Item {
+			continue
+		}
+		if !e.Done && !old.Done && e.Current > old.Current && old.Current > 0 && e.Message == old.Message {
+			return old
+		}
+		return nil
+	}
+	return nil
 }
 
 func (s *eventStream) flush() error {

@@ -113,19 +113,28 @@ func (g *handlerGroup) wait() {
 
 func (s *server) routes() map[string]http.HandlerFunc {
 	return map[string]http.HandlerFunc{
-		"GET /api/info":                s.getInfo,
-		"GET /api/openapi.json":        s.getOpenAPI,
-		"GET /api/sheds":               s.listSheds,
-		"POST /api/sheds":              s.createShed,
-		"GET /api/sheds/{name}":        s.getShed,
-		"DELETE /api/sheds/{name}":     s.deleteShed,
-		"POST /api/sheds/{name}/start": s.startShed,
-		"POST /api/sheds/{name}/stop":  s.stopShed,
-		"POST /api/sheds/{name}/reset": s.resetShed,
-		"GET /api/sheds/{name}/logs":   s.logs,
-		"POST /api/sheds/{name}/exec":  s.exec,
-		"GET /api/images":              s.listImages,
-		"POST /api/images/build":       s.buildImage,
+		"GET /api/info":                    s.getInfo,
+		"GET /api/openapi.json":            s.getOpenAPI,
+		"GET /api/sheds":                   s.listSheds,
+		"POST /api/sheds":                  s.createShed,
+		"GET /api/sheds/{name}":            s.getShed,
+		"DELETE /api/sheds/{name}":         s.deleteShed,
+		"POST /api/sheds/{name}/start":     s.startShed,
+		"POST /api/sheds/{name}/stop":      s.stopShed,
+		"POST /api/sheds/{name}/reset":     s.resetShed,
+		"GET /api/sheds/{name}/logs":       s.logs,
+		"POST /api/sheds/{name}/exec":      s.exec,
+		"GET /api/images":                  s.listImages,
+		"GET /api/images/inspect/{ref...}": s.inspectImage,
+		"GET /api/images/save":             s.saveImages,
+		"POST /api/images/build":           s.buildImage,
+		"POST /api/images/build/preset":    s.buildPreset,
+		"POST /api/images/load":            s.loadImages,
+		"POST /api/images/prune":           s.pruneImages,
+		"POST /api/images/pull":            s.pullImage,
+		"POST /api/images/push":            s.pushImage,
+		"POST /api/images/tag":             s.tagImage,
+		"DELETE /api/images/{ref...}":      s.removeImage,
 	}
 }
 
@@ -262,7 +271,7 @@ func (s *server) readJSON(w http.ResponseWriter, r *http.Request, v any) bool {
 			shed.Errorf(shed.CodeInvalid, "the request's Content-Type is %q", r.Header.Get("Content-Type")).WithHint("send %s", jsonType))
 		return false
 	}
-	return s.readBody(w, r, func(body io.Reader) error { return decodeStrict(body, v) })
+	return s.readBody(w, r, func(body io.Reader) error { return decodeStrict("the request's body", body, v) })
 }
 
 // noBody checks that the request has no body. On error it has answered the request.
@@ -304,7 +313,8 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, read func(io.R
 	return false
 }
 
-func decodeStrict(body io.Reader, v any) error {
+// decodeStrict decodes the one JSON value in body, which errors call what.
+func decodeStrict(what string, body io.Reader, v any) error {
 	dec := json.NewDecoder(body)
 	dec.DisallowUnknownFields()
 	err := dec.Decode(v)
@@ -313,12 +323,12 @@ func decodeStrict(body io.Reader, v any) error {
 			return nil
 		}
 		if err == nil || errors.As(err, new(*json.SyntaxError)) {
-			return shed.Errorf(shed.CodeInvalid, "the request's body goes on after its JSON value")
+			return shed.Errorf(shed.CodeInvalid, "%s goes on after its JSON value", what)
 		}
 		return err
 	}
 	if errors.Is(err, io.EOF) {
-		return shed.Errorf(shed.CodeInvalid, "the request has no body; it needs one in JSON")
+		return shed.Errorf(shed.CodeInvalid, "%s is missing; it has to be JSON", what)
 	}
 	var tooLarge *http.MaxBytesError
 	var netErr net.Error
@@ -327,12 +337,12 @@ func decodeStrict(body io.Reader, v any) error {
 	}
 	var typeErr *json.UnmarshalTypeError
 	if errors.As(err, &typeErr) && typeErr.Field == "" {
-		return shed.Errorf(shed.CodeInvalid, "the request's body can't be a JSON %s", typeErr.Value)
+		return shed.Errorf(shed.CodeInvalid, "%s can't be a JSON %s", what, typeErr.Value)
 	}
 	if errors.As(err, &typeErr) {
-		return shed.Errorf(shed.CodeInvalid, "the request's field %q can't be a JSON %s", typeErr.Field, typeErr.Value)
+		return shed.Errorf(shed.CodeInvalid, "%s: the field %q can't be a JSON %s", what, typeErr.Field, typeErr.Value)
 	}
-	return shed.Errorf(shed.CodeInvalid, "the request's body: %s", strings.TrimPrefix(err.Error(), "json: "))
+	return shed.Errorf(shed.CodeInvalid, "%s: %s", what, strings.TrimPrefix(err.Error(), "json: "))
 }
 
 func (s *server) getInfo(w http.ResponseWriter, r *http.Request) {
@@ -404,50 +414,25 @@ func (s *server) bodiless(w http.ResponseWriter, r *http.Request, status int, op
 	}
 }
 
-func (s *server) listImages(w http.ResponseWriter, r *http.Request) {
-	images, err := s.images.Images(r.Context())
+// queryBool returns the parameter called name, which is false where it is missing.
+func queryBool(r *http.Request, name string) (bool, error) {
+	v := r.URL.Query().Get(name)
+	if v == "" {
+		return false, nil
+	}
+	b, err := strconv.ParseBool(v)
 	if err != nil {
-		s.fail(w, r, err)
-		return
+		return false, shed.Errorf(shed.CodeInvalid, "%s is %q", name, v).WithHint("use %s=1 or %s=0", name, name)
 	}
-	answer := make([]shed.Image, 0, len(images))
-	for _, img := range images {
-		answer = append(answer, imageAnswer(img))
-	}
-	writeJSON(w, http.StatusOK, answer)
-}
-
-// imageAnswer makes sure that lists are lists in JSON, never null.
-func imageAnswer(img *shed.Image) shed.Image {
-	c := *img
-	c.InUse = append([]string{}, c.InUse...)
-	c.Layers = append([]shed.Layer{}, c.Layers...)
-	return c
-}
-
-func (s *server) buildImage(w http.ResponseWriter, r *http.Request) {
-	var req buildRequest
-	if !s.readJSON(w, r, &req) {
-		return
-	}
-	s.operation(w, r, http.StatusOK, func(ctx context.Context, p shed.Progress) (any, error) {
-		img, err := s.images.BuildPreset(ctx, req.Preset, p)
-		if err != nil {
-			return nil, err
-		}
-		return imageAnswer(img), nil
-	})
+	return b, nil
 }
 
 // logs sends what there is at once, and with follow=1 what comes.
 func (s *server) logs(w http.ResponseWriter, r *http.Request) {
-	follow := false
-	if v := r.URL.Query().Get("follow"); v != "" {
-		var err error
-		if follow, err = strconv.ParseBool(v); err != nil {
-			s.fail(w, r, shed.Errorf(shed.CodeInvalid, "follow is %q", v).WithHint("use follow=1 or follow=0"))
-			return
-		}
+	follow, err := queryBool(r, "follow")
+	if err != nil {
+		s.fail(w, r, err)
+		return
 	}
 	logs, err := s.sheds.Logs(r.Context(), r.PathValue("name"), follow)
 	if err != nil {

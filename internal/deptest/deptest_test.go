@@ -22,8 +22,9 @@ var ours = map[string]string{
 	"internal/agent/guest": "internal/agent",
 	"internal/api":         "internal/agent",
 	"internal/api/apitest": "internal/agent",
+	"internal/build":       "internal/agent",
 	"internal/deptest":     "",
-	"internal/engine": "internal/agent internal/image internal/keeper internal/kernel internal/network " +
+	"internal/engine": "internal/agent internal/build internal/image internal/keeper internal/kernel internal/network " +
 		"internal/rootfs internal/state internal/vm",
 	"internal/image":                "internal/rootfs",
 	"internal/keeper":               "internal/agent internal/network internal/vm",
@@ -32,15 +33,16 @@ var ours = map[string]string{
 	"internal/rootfs":               "",
 	"internal/sshd":                 "internal/agent",
 	"internal/state":                "internal/rootfs",
+	"internal/strictyaml":           "",
 	"internal/vm":                   "",
 	"internal/vm/qemu":              "internal/vm",
 	"internal/vm/vmtest":            "internal/agent internal/kernel internal/vm internal/vm/vmtest/guest",
 	"internal/vm/vmtest/guest":      "internal/agent",
 	"internal/vm/vmtest/guest/init": "internal/vm/vmtest/guest",
-	"cmd/shed":                      "internal/agent internal/api",
+	"cmd/shed":                      "internal/agent internal/api internal/strictyaml",
 	"cmd/shed-agent":                "internal/agent/guest",
 	"cmd/shed-server": "internal/api internal/engine internal/image internal/keeper internal/kernel " +
-		"internal/rootfs internal/sshd internal/state internal/vm internal/vm/qemu",
+		"internal/rootfs internal/sshd internal/state internal/strictyaml internal/vm internal/vm/qemu",
 }
 
 func TestImports(t *testing.T) {

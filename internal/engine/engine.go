@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/build"
 	"github.com/charliek/shed/internal/image"
 	"github.com/charliek/shed/internal/keeper"
 	"github.com/charliek/shed/internal/kernel"
@@ -38,11 +39,15 @@ type Backend struct {
 	Accel    string
 	Image    string
 	Aliases  map[string]string
+	Pull     PullPolicy
 	CPUs     int
 	MemoryMB int
 	// BootTimeout bounds the time that a machine may take to come up.
 	BootTimeout time.Duration
 }
+
+// maxLayers is how many block images of layers a machine has room for, besides the upper and the modules.
+func (b Backend) maxLayers() int { return b.Driver.Features().MaxDisks - 2 }
 
 // Config is what an Engine works with.
 type Config struct {
@@ -54,6 +59,7 @@ type Config struct {
 	Program        string // shed-server itself: it is run as the keepers
 	AgentBinary    string // the agent for the guest
 	ServerName     string // SHED_SERVER
+	Version        string // of this program: v{version} in a reference
 	EnvFile        string // K=V lines for every command; "" means none
 	AllowHostPorts []int
 	Log            *slog.Logger
@@ -62,6 +68,8 @@ type Config struct {
 // Engine implements shed.Sheds and shed.Images.
 type Engine struct {
 	Config
+	builder *build.Builder
+
 	ctx    context.Context // of the watchers
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -90,6 +98,7 @@ type entry struct {
 // off finished or undone. Close must be called.
 func New(ctx context.Context, cfg Config) (*Engine, error) {
 	e := &Engine{Config: cfg, sheds: map[string]*entry{}}
+	e.builder = build.New(e, buildImages{e})
 	e.ctx, e.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	if err := e.reconcile(ctx); err != nil {
 		e.Close()
@@ -147,6 +156,17 @@ func (en *entry) release() { en.op <- struct{}{} }
 func notFound(name string) error {
 	return shed.Errorf(shed.CodeNotFound, "there is no shed named %q", name).
 		WithHint("`shed list` shows those that there are; `shed create %s` makes it", name)
+}
+
+func damaged(en *entry) error {
+	return shed.Errorf(shed.CodeConflict, "shed %q is damaged: %s", en.rec.Name, en.reason).
+		WithHint("restore its shed.json from a backup and restart shed-server, or remove it: shed delete %s", en.rec.Name)
+}
+
+// halfDeleted is about a shed whose removal failed.
+func halfDeleted(en *entry) error {
+	return shed.Errorf(shed.CodeConflict, "shed %q is being deleted: %s", en.rec.Name, en.reason).
+		WithHint("shed delete %s tries that again", en.rec.Name)
 }
 
 // set changes what is known of a shed.
@@ -225,7 +245,10 @@ func (e *Engine) reconcile(ctx context.Context) error {
 		case state.Creating, state.Deleting:
 			e.Log.Info("removing a shed whose create or delete was cut off", "shed", rec.Name)
 			if err := e.destroy(ctx, rec.Name); err != nil {
-				return fmt.Errorf("removing shed %q, whose %s was cut off: %w", rec.Name, rec.Phase, err)
+				e.Log.Error("removing a shed whose create or delete was cut off", "shed", rec.Name, "err", err)
+				en := newEntry(rec, shed.StatusDeleting)
+				en.reason = fmt.Sprintf("it was cut off while %s, and removing it failed: %v", rec.Phase, err)
+				e.sheds[rec.Name] = en
 			}
 		default:
 			e.adopt(ctx, rec)
@@ -355,4 +378,39 @@ func (e *Engine) watch(en *entry, client *keeper.Client) {
 			en.status, en.reason = shed.StatusStopped, reason
 		}
 	})
+}
+
+// destroy ends a shed's machine at once and removes its files.
+func (e *Engine) destroy(ctx context.Context, name string) error {
+	dir := e.State.Shed(name)
+	if err := e.kill(ctx, name); err != nil {
+		return err
+	}
+	if err := e.State.Remove(name); err != nil {
+		return fmt.Errorf("removing %s: %w", dir, err)
+	}
+	return nil
+}
+
+// kill ends whatever runs for a shed, with or without a keeper.
+func (e *Engine) kill(ctx context.Context, name string) error {
+	dir := e.State.Shed(name)
+	if client, err := keeper.Find(dir); err == nil {
+		if _, err := client.Stop(ctx, 0); err != nil {
+			return err
+		}
+	}
+	for _, b := range e.Backends {
+		m, err := b.Driver.Find(ctx, filepath.Join(dir, keeper.RunDir))
+		if errors.Is(err, vm.ErrNotRunning) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := m.Kill(); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -29,7 +29,8 @@ import (
 type fakeDriver struct {
 	mu       sync.Mutex
 	machines map[string]*fakeMachine
-	asked    int // calls of Running
+	asked    int   // calls of Running
+	findErr  error // of a machine whose directory has the file "broken"
 }
 
 func (d *fakeDriver) Name() string          { return "fake" }
@@ -43,6 +44,9 @@ func (d *fakeDriver) Find(_ context.Context, dir string) (vm.Machine, error) {
 	defer d.mu.Unlock()
 	if m, ok := d.machines[dir]; ok {
 		return m, nil
+	}
+	if _, err := os.Stat(filepath.Join(dir, "broken")); err == nil && d.findErr != nil {
+		return nil, d.findErr
 	}
 	return nil, vm.ErrNotRunning
 }
@@ -110,7 +114,7 @@ func newFixture(t *testing.T) *fixture {
 	driver := &fakeDriver{}
 	return &fixture{driver: driver, Config: Config{
 		State: st, Images: images, Kernels: kernels,
-		Backends:       map[string]Backend{"fake": {Driver: driver, Image: "base", CPUs: 1, MemoryMB: 512}},
+		Backends:       map[string]Backend{"fake": {Driver: driver, Image: "base", Pull: PullNever, CPUs: 1, MemoryMB: 512}},
 		DefaultBackend: "fake", Program: "/bin/false", AgentBinary: "/nonexistent", ServerName: "here",
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	}}
@@ -188,6 +192,43 @@ func TestReconcileRemovesWhatWasCutOff(t *testing.T) {
 			list, err := e.List(t.Context())
 			if err != nil || len(list) != 1 || list[0].Name != "whole" {
 				t.Errorf("%+v, %v", list, err)
+			}
+		})
+	}
+}
+
+// A shed that can't be removed keeps no other from being served, and isn't forgotten.
+func TestReconcileServesBesideWhatCannotBeRemoved(t *testing.T) {
+	for _, phase := range []state.Phase{state.Creating, state.Deleting} {
+		t.Run(string(phase), func(t *testing.T) {
+			f := newFixture(t)
+			dir := f.shed(t, "half", phase)
+			write(t, f.runDir(t, dir)+"/broken", "")
+			f.driver.findErr = errors.New("nobody knows whether it runs")
+			f.shed(t, "whole", state.Ready)
+			e := f.engine(t)
+			if s := get(t, e, "whole"); s.Status != shed.StatusStopped {
+				t.Errorf("the other one is %s", s.Status)
+			}
+			for verb, do := range map[string]func() error{
+				"start": func() error { _, err := e.Start(t.Context(), "half", nil); return err },
+				"stop":  func() error { _, err := e.Stop(t.Context(), "half", nil); return err },
+				"reset": func() error { _, err := e.Reset(t.Context(), "half"); return err },
+				"exec":  func() error { _, err := e.Exec(t.Context(), "half", shed.Command{Login: true}); return err },
+			} {
+				if err := do(); shed.ErrorCode(err) != shed.CodeConflict || !strings.Contains(shed.ErrorHint(err), "shed delete half") {
+					t.Errorf("%s: %v (hint %q)", verb, err, shed.ErrorHint(err))
+				}
+			}
+			if err := e.Delete(t.Context(), "half", nil); !errors.Is(err, f.driver.findErr) {
+				t.Errorf("a delete that can't: %v", err)
+			}
+			if s := get(t, e, "half"); s.Status != shed.StatusDeleting || !strings.Contains(s.Reason, "nobody knows") {
+				t.Errorf("%s, %q", s.Status, s.Reason)
+			}
+			f.driver.findErr = nil
+			if err := e.Delete(t.Context(), "half", nil); err != nil || exists(t, dir) {
+				t.Errorf("a delete that can: %v", err)
 			}
 		})
 	}
@@ -355,91 +396,5 @@ func TestNames(t *testing.T) {
 	}
 	if _, err := e.Stop(t.Context(), "a", nil); err != nil {
 		t.Errorf("stopping a stopped shed: %v", err)
-	}
-}
-
-// A create that can't be carried out leaves nothing, and says what is wrong.
-func TestCreateRefuses(t *testing.T) {
-	f := newFixture(t)
-	f.shed(t, "taken", state.Ready)
-	e := f.engine(t)
-	for name, tt := range map[string]struct {
-		opts shed.CreateOptions
-		code shed.Code
-		want string
-	}{
-		"a bad name":           {shed.CreateOptions{Name: "No"}, shed.CodeInvalid, `"No"`},
-		"no such backend":      {shed.CreateOptions{Name: "x", Backend: "vz"}, shed.CodeUnsupported, `"vz"`},
-		"too many CPUs":        {shed.CreateOptions{Name: "x", CPUs: 10_000}, shed.CodeInvalid, "10000 CPUs"},
-		"less than no CPUs":    {shed.CreateOptions{Name: "x", CPUs: -1}, shed.CodeInvalid, "-1 CPUs"},
-		"too little memory":    {shed.CreateOptions{Name: "x", MemoryMB: 255}, shed.CodeInvalid, "255 MB"},
-		"too much memory":      {shed.CreateOptions{Name: "x", MemoryMB: 1 << 40}, shed.CodeInvalid, "MB of memory"},
-		"too small a disk":     {shed.CreateOptions{Name: "x", UpperSize: 1 << 20}, shed.CodeInvalid, "1048576 bytes"},
-		"too large a disk":     {shed.CreateOptions{Name: "x", UpperSize: 1 << 50}, shed.CodeInvalid, "bytes"},
-		"no repository":        {shed.CreateOptions{Name: "x", Repo: "--upload-pack=x"}, shed.CodeInvalid, "--upload-pack=x"},
-		"no such image":        {shed.CreateOptions{Name: "x", Image: "none"}, shed.CodeNoImage, "none"},
-		"no default image yet": {shed.CreateOptions{Name: "x"}, shed.CodeNoImage, "base"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			_, err := e.Create(t.Context(), tt.opts, nil)
-			if shed.ErrorCode(err) != tt.code || !strings.Contains(err.Error(), tt.want) || shed.ErrorHint(err) == "" {
-				t.Errorf("%v (hint %q), want %s and %q", err, shed.ErrorHint(err), tt.code, tt.want)
-			}
-			if exists(t, f.State.Shed("x")) {
-				t.Error("it left files")
-			}
-		})
-	}
-	if list, err := e.List(t.Context()); err != nil || len(list) != 1 {
-		t.Errorf("%+v, %v", list, err)
-	}
-}
-
-func TestLogs(t *testing.T) {
-	f := newFixture(t)
-	dir := f.shed(t, "box", state.Ready)
-	e := f.engine(t)
-	write(t, dir+"/console.log", "console\n")
-	write(t, dir+"/provision.log", "provision\n")
-	r, err := e.Logs(t.Context(), "box", false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if b, err := io.ReadAll(r); err != nil || string(b) != "console\nprovision\n" {
-		t.Errorf("%q, %v", b, err)
-	}
-	if r, err = e.Logs(t.Context(), "box", true); err != nil {
-		t.Fatal(err)
-	}
-	read := func(want string) {
-		t.Helper()
-		b := make([]byte, len(want))
-		if _, err := io.ReadFull(r, b); err != nil || string(b) != want {
-			t.Fatalf("%q, %v; want %q", b, err, want)
-		}
-	}
-	read("console\nprovision\n")
-	write(t, dir+"/console.log", "console\nmore\n")
-	read("more\n")
-	if err := e.Delete(t.Context(), "box", nil); err != nil {
-		t.Fatal(err)
-	}
-	if b, err := io.ReadAll(r); err != nil || len(b) != 0 {
-		t.Errorf("after the delete: %q, %v", b, err)
-	}
-}
-
-func TestFollowedLogsEndWithTheirContext(t *testing.T) {
-	f := newFixture(t)
-	f.shed(t, "box", state.Ready)
-	e := f.engine(t)
-	ctx, cancel := context.WithCancel(t.Context())
-	r, err := e.Logs(ctx, "box", true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cancel()
-	if _, err := io.ReadAll(r); !errors.Is(err, context.Canceled) {
-		t.Errorf("%v", err)
 	}
 }

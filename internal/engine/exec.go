@@ -177,7 +177,7 @@ func (e *Engine) clone(ctx context.Context, en *entry) error {
 	}
 	defer log.Close()
 	conn, err := e.execOn(ctx, en.rec, client, shed.Command{
-		Args: []string{"git", "clone", "--", en.rec.Repo, en.rec.Workspace}, Dir: home,
+		Args: []string{"git", "clone", "--", en.rec.Repo, en.rec.Workspace}, Dir: home, User: agent.DefaultUser,
 		Env: []string{"GIT_TERMINAL_PROMPT=0"},
 	})
 	if err != nil {
@@ -207,7 +207,7 @@ func (e *Engine) clone(ctx context.Context, en *entry) error {
 		if said == "" {
 			said = vm.LastLines(log.Name(), 0, 5)
 		}
-		return shed.Errorf(shed.CodeInvalid, "cloning %s failed: %s", en.rec.Repo, said).
+		return shed.Errorf(shed.CodeCommand, "cloning %s failed: %s", en.rec.Repo, said).
 			WithHint("check the URL and that the shed may read it; without --repo the shed is created empty")
 	}
 	return nil

@@ -6,9 +6,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -45,27 +47,45 @@ func (e *Engine) Create(ctx context.Context, opts shed.CreateOptions, p shed.Pro
 	e.mu.Unlock()
 	defer en.release()
 
-	bundle, err := e.Kernels.Default(ctx, p)
+	// A prune must not take the image before the record says that it is needed.
+	img, release, err := e.imageFor(ctx, e.Backends[rec.Backend], rec.Image, p)
 	if err == nil {
-		rec.Kernel = bundle.ID
-		err = e.State.Create(rec)
+		defer release()
+		rec.ImageDigest = img.Digest
+		err = e.record(ctx, en, rec, p)
 	}
 	if err != nil {
 		e.forget(rec.Name)
 		return nil, err
 	}
-	e.mu.Lock()
-	en.rec = rec
-	e.mu.Unlock()
 	if err := e.create(ctx, en, opts, p); err != nil {
 		// Whatever the caller's context says, nothing may stay behind.
 		if derr := e.destroy(context.WithoutCancel(ctx), rec.Name); derr != nil {
 			e.Log.Error("undoing a create", "shed", rec.Name, "err", derr)
+			e.set(en, shed.StatusDeleting, fmt.Sprintf("its create failed and could not be undone: %v", derr))
+			return nil, shed.Errorf(shed.ErrorCode(err), "%w; undoing it failed too: %v", err, derr).
+				WithHint("shed delete %s tries that again", rec.Name)
 		}
 		e.forget(rec.Name)
 		return nil, err
 	}
 	return e.Get(ctx, rec.Name)
+}
+
+// record writes the record of a shed that is being created.
+func (e *Engine) record(ctx context.Context, en *entry, rec state.Record, p shed.Progress) error {
+	bundle, err := e.Kernels.Default(ctx, p)
+	if err != nil {
+		return err
+	}
+	rec.Kernel = bundle.ID
+	if err := e.State.Create(rec); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	en.rec = rec
+	return nil
 }
 
 func (e *Engine) forget(name string) {
@@ -112,15 +132,15 @@ func (e *Engine) plan(opts shed.CreateOptions) (state.Record, error) {
 		rec.MemoryMB = min(b.MemoryMB, total*3/4)
 	}
 	if rec.MemoryMB < shed.MinMemoryMB || rec.MemoryMB > total {
-		return rec, shed.Errorf(shed.CodeInvalid, "a shed can't have %d MB of memory here", rec.MemoryMB).
-			WithHint("%d at least; this server has %d", shed.MinMemoryMB, total)
+		return rec, shed.Errorf(shed.CodeInvalid, "a shed can't have %s of memory here", formatSize(int64(rec.MemoryMB), "MGT")).
+			WithHint("%s at least; this server has %s", formatSize(shed.MinMemoryMB, "MGT"), formatSize(int64(total), "MGT"))
 	}
 	if rec.UpperSize == 0 {
 		rec.UpperSize = shed.DefaultUpperSize
 	}
 	if rec.UpperSize < shed.MinUpperSize || rec.UpperSize > shed.MaxUpperSize {
-		return rec, shed.Errorf(shed.CodeInvalid, "a shed's disk can't have %d bytes", rec.UpperSize).
-			WithHint("from 1G to 1T")
+		return rec, shed.Errorf(shed.CodeInvalid, "a shed's disk can't have a size of %s", formatSize(rec.UpperSize, "BKMGT")).
+			WithHint("from %s to %s", formatSize(shed.MinUpperSize, "BKMGT"), formatSize(shed.MaxUpperSize, "BKMGT"))
 	}
 	if rec.Repo != "" {
 		url, dir, err := parseRepo(rec.Repo)
@@ -129,28 +149,19 @@ func (e *Engine) plan(opts shed.CreateOptions) (state.Record, error) {
 		}
 		rec.Repo, rec.Workspace = url, home+"/"+dir
 	}
-	ref := rec.Image
-	if to, ok := b.Aliases[ref]; ok {
-		ref = to
-	}
-	img, err := e.Config.Images.Resolve(ref)
-	if err != nil {
-		return rec, err
-	}
-	rec.ImageDigest = img.Digest
-	if max := b.Driver.Features().MaxDisks - 2; len(img.Layers) > max {
-		return rec, shed.Errorf(shed.CodeUnsupported, "%s has %d layers; a %s machine can hold %d", rec.Image, len(img.Layers), backend, max)
-	}
 	return rec, nil
 }
 
-func (e *Engine) backendNames() []string {
-	var names []string
-	for name := range e.Backends {
-		names = append(names, name)
+// formatSize writes a size as flags take it, such as 1G or 1536M. The first letter of units is the
+// unit of n, and each further one is 1024 times the one before it.
+func formatSize(n int64, units string) string {
+	for len(units) > 1 && n != 0 && n%1024 == 0 {
+		n, units = n/1024, units[1:]
 	}
-	return names
+	return fmt.Sprintf("%d%c", n, units[0])
 }
+
+func (e *Engine) backendNames() []string { return slices.Sorted(maps.Keys(e.Backends)) }
 
 func hostMemoryMB() (int, error) {
 	var si unix.Sysinfo_t
@@ -163,7 +174,7 @@ func hostMemoryMB() (int, error) {
 // create makes what the record describes. Whoever calls it undoes it on error.
 func (e *Engine) create(ctx context.Context, en *entry, opts shed.CreateOptions, p shed.Progress) error {
 	rec := en.rec
-	done := p.Phase("disk", "making the disk")
+	done := p.Phase("disk", "")
 	dir := e.State.Shed(rec.Name)
 	if err := rootfs.CreateUpper(ctx, e.State.Path("templates"), filepath.Join(dir, upperFile), rec.UpperSize); err != nil {
 		return err
@@ -212,7 +223,7 @@ func (e *Engine) boot(ctx context.Context, en *entry, p shed.Progress) error {
 	if err != nil {
 		return err
 	}
-	defer p.Phase("boot", "booting")()
+	defer p.Phase("boot", "")()
 	rec := en.rec
 	dir := e.State.Shed(rec.Name)
 	rec.StartedAt = time.Now().UTC().Truncate(time.Second)
@@ -234,20 +245,28 @@ func (e *Engine) boot(ctx context.Context, en *entry, p shed.Progress) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return bootError(rec.Name, err, vm.LastLines(cfg.Spec.Console, before, 20))
+		return e.bootError(rec.Name, err, vm.LastLines(cfg.Spec.Console, before, 20))
 	}
 	e.watch(en, client)
 	return nil
 }
 
 // bootError says why a shed did not come up, with the end of its console.
-func bootError(name string, err error, console string) error {
+func (e *Engine) bootError(name string, err error, console string) error {
 	msg := fmt.Sprintf("shed %q did not come up: %v", name, err)
 	if console != "" {
 		msg += "\nthe end of its console:\n" + console
 	}
-	return (&shed.Error{Code: shed.CodeBoot, Message: msg, Err: err}).
-		WithHint("`shed-server doctor` checks what the host has to offer")
+	boot := &shed.Error{Code: shed.CodeBoot, Message: msg, Err: err}
+	switch said := err.Error(); { // the agent's own words come last
+	case strings.Contains(said, "mounting the upper"):
+		return boot.WithHint("its disk may be damaged: on the server, `e2fsck -f %s` tries to repair it; or `shed reset %s` "+
+			"makes it anew, and what was written there is lost", filepath.Join(e.State.Shed(name), upperFile), name)
+	case strings.Contains(said, "mounting layer"):
+		return boot.WithHint("a layer of its image may be damaged on the server: end shed-server and remove %s; "+
+			"what sheds need of it is made again from the image", e.State.Path("layers"))
+	}
+	return boot.WithHint("`shed-server doctor` checks what the host has to offer")
 }
 
 // keeperConfig gathers all that the machine of a shed needs.
@@ -269,13 +288,17 @@ func (e *Engine) keeperConfig(ctx context.Context, rec state.Record, p shed.Prog
 	if err != nil {
 		return cfg, err
 	}
-	layers, _, err := e.Config.Images.Rootfs(ctx, img, p)
+	layers, image, err := e.Config.Images.RootfsWithin(ctx, img, b.maxLayers(), p)
 	if err != nil {
-		return cfg, err
+		return cfg, imageError(ctx, rec, err)
 	}
 	env, err := e.environment(rec)
 	if err != nil {
 		return cfg, err
+	}
+	workspace := rec.Workspace
+	if workspace == home { // nobody asked for one: the image's directory comes before it
+		workspace = ""
 	}
 	dir := e.State.Shed(rec.Name)
 	disks := []vm.Disk{{Path: filepath.Join(dir, upperFile)}, {Path: bundle.Modules(), ReadOnly: true}}
@@ -289,7 +312,8 @@ func (e *Engine) keeperConfig(ctx context.Context, rec state.Record, p shed.Prog
 			Disks: disks, MAC: network.GuestMAC, Console: filepath.Join(dir, consoleFile),
 		},
 		Setup: agent.Setup{
-			Hostname: rec.Name, Env: env, Workspace: rec.Workspace, Layers: len(layers),
+			Hostname: rec.Name, Env: env, Workspace: workspace, Layers: len(layers),
+			Image: agent.Image{Env: image.Config.Env, WorkingDir: image.Config.WorkingDir, User: image.Config.User},
 			Network: agent.Network{
 				Address: fmt.Sprintf("%s/%d", network.Guest, network.PrefixLen),
 				Gateway: network.Gateway, DNS: network.Gateway, MTU: network.MTU,
@@ -298,39 +322,13 @@ func (e *Engine) keeperConfig(ctx context.Context, rec state.Record, p shed.Prog
 	}, nil
 }
 
-// destroy ends a shed's machine at once and removes its files.
-func (e *Engine) destroy(ctx context.Context, name string) error {
-	dir := e.State.Shed(name)
-	if err := e.kill(ctx, name); err != nil {
+// imageError adds to an error about an image's files, unless it suggests something itself, what to try.
+func imageError(ctx context.Context, rec state.Record, err error) error {
+	if ctx.Err() != nil || shed.ErrorHint(err) != "" || shed.ErrorCode(err) != shed.CodeInternal {
 		return err
 	}
-	if err := e.State.Remove(name); err != nil {
-		return fmt.Errorf("removing %s: %w", dir, err)
-	}
-	return nil
-}
-
-// kill ends whatever runs for a shed, with or without a keeper.
-func (e *Engine) kill(ctx context.Context, name string) error {
-	dir := e.State.Shed(name)
-	if client, err := keeper.Find(dir); err == nil {
-		if _, err := client.Stop(ctx, 0); err != nil {
-			return err
-		}
-	}
-	for _, b := range e.Backends {
-		m, err := b.Driver.Find(ctx, filepath.Join(dir, keeper.RunDir))
-		if errors.Is(err, vm.ErrNotRunning) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		if err := m.Kill(); err != nil {
-			return err
-		}
-	}
-	return nil
+	return shed.Errorf(shed.CodeInternal, "%w", err).
+		WithHint("the image %s may be damaged on the server: get it anew, or put back from a backup what the error names", rec.Image)
 }
 
 func (e *Engine) Start(ctx context.Context, name string, p shed.Progress) (*shed.Shed, error) {
@@ -355,6 +353,8 @@ func (e *Engine) start(ctx context.Context, en *entry, p shed.Progress) error {
 		return nil
 	case shed.StatusDamaged:
 		return damaged(en)
+	case shed.StatusDeleting:
+		return halfDeleted(en)
 	case shed.StatusStopped:
 	default:
 		return shed.Errorf(shed.CodeConflict, "shed %q can't be started: it is %s", en.rec.Name, status)
@@ -370,11 +370,6 @@ func (e *Engine) start(ctx context.Context, en *entry, p shed.Progress) error {
 		en.status = shed.StatusRunning
 	}
 	return nil
-}
-
-func damaged(en *entry) error {
-	return shed.Errorf(shed.CodeConflict, "shed %q is damaged: %s", en.rec.Name, en.reason).
-		WithHint("restore its shed.json from a backup and restart shed-server, or remove it: shed delete %s", en.rec.Name)
 }
 
 func (e *Engine) Stop(ctx context.Context, name string, p shed.Progress) (*shed.Shed, error) {
@@ -393,8 +388,11 @@ func (e *Engine) stop(ctx context.Context, en *entry, p shed.Progress) error {
 	e.mu.Lock()
 	client, watched, status := en.keeper, en.watched, en.status
 	e.mu.Unlock()
-	if status == shed.StatusDamaged {
+	switch status {
+	case shed.StatusDamaged:
 		return damaged(en)
+	case shed.StatusDeleting:
+		return halfDeleted(en)
 	}
 	if client == nil {
 		e.set(en, shed.StatusStopped, "")
@@ -439,14 +437,26 @@ func (e *Engine) Reset(ctx context.Context, name string) (*shed.Shed, error) {
 	switch status {
 	case shed.StatusDamaged:
 		return nil, damaged(en)
+	case shed.StatusDeleting:
+		return nil, halfDeleted(en)
 	case shed.StatusStopped:
 	default:
 		return nil, shed.Errorf(shed.CodeConflict, "shed %q is %s: only a stopped one can be reset", name, status).
 			WithHint("shed stop %s", name)
 	}
-	// The new upper replaces the old one in one step.
-	if err := rootfs.CreateUpper(ctx, e.State.Path("templates"), filepath.Join(e.State.Shed(name), upperFile), rec.UpperSize); err != nil {
+	bundle, err := e.Kernels.Default(ctx, nil)
+	if err != nil {
 		return nil, err
+	}
+	// The kernel comes first: it boots the old upper too, while the old kernel may be gone. Each
+	// is replaced in one step.
+	before := rec
+	rec.Kernel = bundle.ID
+	if err := e.save(en, rec); err != nil {
+		return nil, err
+	}
+	if err := rootfs.CreateUpper(ctx, e.State.Path("templates"), filepath.Join(e.State.Shed(name), upperFile), rec.UpperSize); err != nil {
+		return nil, errors.Join(err, e.save(en, before))
 	}
 	return e.Get(ctx, name)
 }
@@ -458,10 +468,10 @@ func (e *Engine) Delete(ctx context.Context, name string, p shed.Progress) error
 	}
 	defer en.release()
 	e.mu.Lock()
-	status, rec, watched := en.status, en.rec, en.watched
+	rec, watched := en.rec, en.watched
 	e.mu.Unlock()
 	defer p.Phase("delete", "removing")()
-	if status != shed.StatusDamaged {
+	if rec.Phase == state.Ready { // others are removed by the next start as they are, or their record can't be read
 		rec.Phase = state.Deleting
 		if err := e.save(en, rec); err != nil {
 			return err
@@ -471,6 +481,7 @@ func (e *Engine) Delete(ctx context.Context, name string, p shed.Progress) error
 	// From here on it goes through: what is left the next start of the server removes.
 	ctx = context.WithoutCancel(ctx)
 	if err := e.destroy(ctx, name); err != nil {
+		e.set(en, shed.StatusDeleting, fmt.Sprintf("removing it failed: %v", err))
 		return err
 	}
 	if watched != nil {

@@ -1,4 +1,6 @@
 set -eu
+# Where standard output goes to, the tar goes to.
+exec >&2
 root=$1
 
 chroot "$root" useradd --uid 1000 --user-group --create-home --shell /bin/bash shed
@@ -24,7 +26,10 @@ SystemMaxUse=64M
 SplitMode=none
 END
 
-# What belongs to one machine: each makes its own ID and is told its name and name servers.
-: >"$root/etc/machine-id"
-rm -f "$root/var/lib/dbus/machine-id" "$root/etc/hostname" "$root/etc/resolv.conf"
-: >"$root/etc/resolv.conf"
+# Docker starts when it is first used: a shed that doesn't use it has nothing to wait for.
+chroot "$root" usermod --append --groups docker shed
+chroot "$root" systemctl disable docker.service containerd.service
+chroot "$root" systemctl enable docker.socket
+# What container engines keep can't be on an overlay: the guest puts other directories over these, if they are there.
+install -d -m 0711 "$root/var/lib/docker" "$root/var/lib/containerd"
+install -d -m 0755 "$root/var/lib/containers"

@@ -3,9 +3,7 @@ package image
 import (
 	"bufio"
 	"context"
-	_ "embed"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -16,65 +14,40 @@ import (
 	"github.com/charliek/shed"
 )
 
-// basePackages are what the base image has besides Debian's essential packages:
-// what boots, and what makes a developer's commands work.
-var basePackages = []string{
-	"systemd", "systemd-sysv", "dbus", "kmod", "netbase", "iproute2", "procps",
-	"sudo", "ca-certificates", "curl", "git", "jq", "less", "openssh-client", "ripgrep", "rsync", "tmux", "vim-tiny",
-}
-
-// baseHook is the shell script that turns the bootstrapped tree $1 into the base image.
-//
-//go:embed base.sh
-var baseHook string
-
 // stopGrace is how long mmdebstrap has to remove its tree when it is stopped.
 const stopGrace = 20 * time.Second
 
 // bootstrap is a running mmdebstrap. Reading it yields the tar of the
-// image; the end of the tar comes only when the program has succeeded, and else its error.
+// tree; the end of the tar comes only when the program has succeeded, and else its error.
 type bootstrap struct {
-	description string
-
 	cmd    *exec.Cmd
 	cancel context.CancelFunc
 	stdout io.ReadCloser
 	stderr *messages
+	lower  *feeder // nil where there is nothing to start from
 	waited bool
 	err    error // of the program, once waited
 }
 
-// startBootstrap starts building the base image's tree. Once ctx is done, the
+// feeder writes the tree to start from to the program.
+type feeder struct {
+	pipe *os.File
+	done chan error // gets the one result
+}
+
+// startBootstrap starts mmdebstrap with args, which end with the suite, and what env adds to the environment. lower, if not
+// nil, writes a tar that the program gets as its descriptor 3. Once ctx is done, the
 // program and its children are stopped. The caller must call stop in the end.
-func startBootstrap(ctx context.Context, report func(message string)) (*bootstrap, error) {
-	suite, err := hostSuite("/etc/os-release")
-	if err != nil {
-		return nil, err
-	}
+func startBootstrap(ctx context.Context, args, env []string, lower func(io.Writer) error, report func(message string)) (*bootstrap, error) {
 	bin, err := exec.LookPath("mmdebstrap")
 	if err != nil {
 		return nil, shed.Errorf(shed.CodeUnsupported, "mmdebstrap, which builds images, is not installed").
 			WithHint("`apt-get install mmdebstrap`, on Debian")
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	b := &bootstrap{
-		description: fmt.Sprintf("Debian %s, minbase, with %s", suite, strings.Join(basePackages, " ")),
-		cancel:      cancel,
-		stderr:      &messages{report: report},
-	}
-	b.cmd = exec.CommandContext(ctx, bin,
-		"--variant=minbase", "--components=main", "--format=tar",
-		"--include="+strings.Join(basePackages, ","),
-		"--dpkgopt=path-exclude=/usr/share/man/*",
-		"--dpkgopt=path-exclude=/usr/share/info/*",
-		"--dpkgopt=path-exclude=/usr/share/doc/*",
-		"--dpkgopt=path-include=/usr/share/doc/*/copyright",
-		"--dpkgopt=path-exclude=/usr/share/locale/*",
-		"--dpkgopt=path-include=/usr/share/locale/locale.alias",
-		`--aptopt=Acquire::Languages "none"`,
-		"--customize-hook="+baseHook,
-		suite, "-")
-	b.cmd.Env = os.Environ()
+	b := &bootstrap{cancel: cancel, stderr: &messages{report: report}}
+	b.cmd = exec.CommandContext(ctx, bin, append(args, "-")...)
+	b.cmd.Env = env
 	if os.Getenv("TMPDIR") == "" {
 		// The tree has several hundred MB, and /tmp may be in memory. The state directory won't
 		// do: subordinate users must be able to get at the tree.
@@ -94,11 +67,48 @@ func startBootstrap(ctx context.Context, report func(message string)) (*bootstra
 		}
 		return b.signal(syscall.SIGTERM)
 	}
-	if err := b.cmd.Start(); err != nil {
+	if err := b.start(lower); err != nil {
 		cancel()
 		return nil, err
 	}
 	return b, nil
+}
+
+func (b *bootstrap) start(lower func(io.Writer) error) error {
+	if lower == nil {
+		return b.cmd.Start()
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	b.cmd.ExtraFiles = []*os.File{r}
+	err = b.cmd.Start()
+	r.Close()
+	if err != nil {
+		w.Close()
+		return err
+	}
+	b.lower = &feeder{pipe: w, done: make(chan error, 1)}
+	go func() {
+		buf := bufio.NewWriterSize(w, 1<<20)
+		err := lower(buf)
+		if err == nil {
+			err = buf.Flush()
+		}
+		w.Close()
+		b.lower.done <- err
+	}()
+	return nil
+}
+
+// stop returns why the tree to start from could not be written, if that was not because nobody read it.
+func (f *feeder) stop() error {
+	f.pipe.Close() // what outlived the program may have the other end
+	if err := <-f.done; !errors.Is(err, syscall.EPIPE) && !errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	return nil
 }
 
 // signal sends sig to the program and all its children.
@@ -126,6 +136,12 @@ func (b *bootstrap) wait() error {
 	}
 	err := b.cmd.Wait()
 	b.waited = true
+	if b.lower != nil {
+		if b.err = b.lower.stop(); b.err != nil {
+			b.signal(syscall.SIGKILL)
+			return b.err
+		}
+	}
 	if err == nil {
 		return nil
 	}
@@ -148,7 +164,21 @@ func (b *bootstrap) stop(failed error) error {
 	return nil
 }
 
-// messages reports the program's informational messages and remembers the last lines of all.
+// steps are what mmdebstrap says it does, and how it is reported. What else it says nobody needs to know.
+var steps = map[string]string{
+	"running apt-get update...":                          "reading the package lists",
+	"downloading packages with apt...":                   "downloading packages",
+	"extracting archives...":                             "unpacking the essential packages",
+	"installing essential packages...":                   "installing the essential packages",
+	"installing remaining packages inside the chroot...": "installing the other packages",
+	"cleaning package lists and apt cache...":            "cleaning up",
+	"creating tarball...":                                "packing the files",
+}
+
+// stepPrefix marks the lines with which our own hooks say what they do.
+const stepPrefix = "shed: "
+
+// messages reports what the program does and remembers the last lines of all that it says.
 // The exec package writes to it from one goroutine, which is done when Wait returns.
 type messages struct {
 	report  func(string)
@@ -169,8 +199,10 @@ func (m *messages) Write(p []byte) (int, error) {
 		if line == "" {
 			continue
 		}
-		if info, ok := strings.CutPrefix(line, "I: "); ok {
-			m.report(info)
+		if step, ok := strings.CutPrefix(line, stepPrefix); ok {
+			m.report(step)
+		} else if step, ok := steps[strings.TrimPrefix(line, "I: ")]; ok {
+			m.report(step)
 		}
 		m.lines = append(m.lines, line)
 		if len(m.lines) > most {
@@ -183,23 +215,4 @@ func (m *messages) Write(p []byte) (int, error) {
 
 func (m *messages) last() string {
 	return strings.Join(append(m.lines, strings.TrimSpace(m.partial)), "\n")
-}
-
-// hostSuite returns the Debian suite of the host from its os-release file: its keys are there and its mirrors in reach.
-func hostSuite(osRelease string) (string, error) {
-	f, err := os.Open(osRelease)
-	if err != nil {
-		return "", shed.Errorf(shed.CodeUnsupported, "this host doesn't say which Debian it is: %w", err).
-			WithHint("images are built on Debian")
-	}
-	defer f.Close()
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		if suite, ok := strings.CutPrefix(lines.Text(), "VERSION_CODENAME="); ok {
-			if suite = strings.Trim(suite, `"'`); suite != "" {
-				return suite, nil
-			}
-		}
-	}
-	return "", shed.Errorf(shed.CodeUnsupported, "%s has no VERSION_CODENAME, so the Debian suite to build from isn't known", osRelease).
-		WithHint("images are built on a release of Debian")
 }

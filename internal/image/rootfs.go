@@ -9,6 +9,7 @@ import (
 	"runtime"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/rootfs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/gzip"
@@ -21,7 +22,13 @@ import (
 //
 // An image for another architecture, or with layers that aren't tars, is CodeUnsupported.
 func (s *Store) Rootfs(ctx context.Context, img *shed.Image, p shed.Progress) ([]string, v1.ConfigFile, error) {
-	paths, cfg, err := s.rootfs(ctx, img, p)
+	return s.RootfsWithin(ctx, img, 0, p)
+}
+
+// RootfsWithin is Rootfs with at most that many block images, or any number if most is 0: as many layers as need be, from
+// the bottom up, become one. It reports that as phase "merge".
+func (s *Store) RootfsWithin(ctx context.Context, img *shed.Image, most int, p shed.Progress) ([]string, v1.ConfigFile, error) {
+	paths, cfg, err := s.rootfs(ctx, img, most, p)
 	if err != nil {
 		name := img.Ref
 		if name == "" {
@@ -32,7 +39,7 @@ func (s *Store) Rootfs(ctx context.Context, img *shed.Image, p shed.Progress) ([
 	return paths, *cfg, nil
 }
 
-func (s *Store) rootfs(ctx context.Context, img *shed.Image, p shed.Progress) ([]string, *v1.ConfigFile, error) {
+func (s *Store) rootfs(ctx context.Context, img *shed.Image, most int, p shed.Progress) ([]string, *v1.ConfigFile, error) {
 	digest, err := v1.NewHash(img.Digest)
 	if err != nil {
 		return nil, nil, shed.Errorf(shed.CodeInvalid, "its digest: %w", err)
@@ -45,43 +52,133 @@ func (s *Store) rootfs(ctx context.Context, img *shed.Image, p shed.Progress) ([
 		return nil, nil, shed.Errorf(shed.CodeUnsupported, "it is for %s, and this server is %s", cfg.Architecture, runtime.GOARCH)
 	}
 	// All of them first: a layer of an unknown kind shouldn't cost the time that the others take.
-	for _, l := range manifest.Layers {
-		if _, ok := decompressors[l.MediaType]; !ok {
-			return nil, nil, shed.Errorf(shed.CodeUnsupported, "layer %s is a %q; a layer must be a tar, plain or compressed with gzip or zstd", l.Digest, l.MediaType)
-		}
+	if err := checkLayers(manifest); err != nil {
+		return nil, nil, err
 	}
-	paths := make([]string, len(manifest.Layers))
-	for i, l := range manifest.Layers {
-		diffID := cfg.RootFS.DiffIDs[i]
-		if path, ok := s.layers.Path(diffID); ok {
-			paths[i] = path
-			continue
-		}
-		done := p.Phase("layer", fmt.Sprintf("converting layer %d of %d", i+1, len(manifest.Layers)))
-		if paths[i], err = s.convert(ctx, l, diffID, p); err != nil {
+	layers, diffIDs := manifest.Layers, cfg.RootFS.DiffIDs
+	var paths []string
+	if n := len(layers) - most + 1; most > 0 && n > 1 {
+		path, err := s.merge(ctx, layers[:n], diffIDs[:n], p)
+		if err != nil {
 			return nil, nil, err
 		}
-		done()
+		paths = append(paths, path)
+		layers, diffIDs = layers[n:], diffIDs[n:]
+	}
+	for i, l := range layers {
+		path, ok := s.layers.Path(diffIDs[i])
+		if !ok {
+			done := p.Phase("layer", fmt.Sprintf("converting layer %d of %d", len(manifest.Layers)-len(layers)+i+1, len(manifest.Layers)))
+			if path, err = s.convert(ctx, l, diffIDs[i], p); err != nil {
+				return nil, nil, err
+			}
+			done()
+		}
+		paths = append(paths, path)
 	}
 	return paths, cfg, nil
 }
 
+// merge makes sure that the layers have a block image together, and returns its path.
+func (s *Store) merge(ctx context.Context, layers []v1.Descriptor, diffIDs []v1.Hash, p shed.Progress) (string, error) {
+	if path, ok := s.layers.MergedPath(rootfs.ChainID(diffIDs...)); ok {
+		return path, nil
+	}
+	done := p.Phase("merge", fmt.Sprintf("merging the %d lowest layers", len(layers)))
+	var before, total int64 // bytes of the blobs that were read, and of all, which are read twice
+	var merged []rootfs.MergeLayer
+	for i, l := range layers {
+		total += 2 * l.Size
+		merged = append(merged, rootfs.MergeLayer{DiffID: diffIDs[i], Open: func() (io.ReadCloser, error) {
+			start := before
+			before += l.Size
+			return s.unpackBlob(l, func(n int64) {
+				p.Report(shed.Event{Phase: "merge", Current: start + n, Total: total, Unit: "bytes"})
+			})
+		}})
+	}
+	path, err := s.layers.Merge(ctx, merged)
+	if err == nil {
+		done()
+	}
+	return path, err
+}
+
 func (s *Store) convert(ctx context.Context, l v1.Descriptor, diffID v1.Hash, p shed.Progress) (string, error) {
+	u, err := s.unpackBlob(l, func(n int64) {
+		p.Report(shed.Event{Phase: "layer", Current: n, Total: l.Size, Unit: "bytes"})
+	})
+	if err != nil {
+		return "", err
+	}
+	_, path, err := s.layers.Convert(ctx, u, diffID)
+	return path, errors.Join(err, u.Close())
+}
+
+// unpackBlob returns a reader of what is in a layer's blob, and has it report how much of the blob was read.
+func (s *Store) unpackBlob(l v1.Descriptor, report func(n int64)) (*unpacker, error) {
 	f, err := os.Open(s.blob(l.Digest))
 	if err != nil {
-		return "", fmt.Errorf("layer %s: %w", l.Digest, err)
+		return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
 	}
-	defer f.Close()
-	counted := &counter{r: f, report: func(n int64) {
-		p.Report(shed.Event{Phase: "layer", Current: n, Total: l.Size, Unit: "bytes"})
-	}}
-	r, err := decompressors[l.MediaType](counted)
+	u, err := newUnpacker(l, f, report)
 	if err != nil {
-		return "", fmt.Errorf("layer %s: decompressing: %w", l.Digest, err)
+		return nil, errors.Join(err, f.Close())
 	}
-	_, path, err := s.layers.Convert(ctx, r, diffID)
-	return path, errors.Join(err, r.Close())
+	return u, nil
 }
+
+// maxLayer bounds what a layer may unpack to, in bytes. A few bytes can stand for any number of them.
+const maxLayer = 128 << 30
+
+// unpacker reads what is in a layer's blob, and tells what is wrong with the blob, which is CodeInvalid, from what
+// is wrong with reading it.
+type unpacker struct {
+	blob    io.ReadCloser
+	counter *counter
+	readErr error // of blob
+	r       io.ReadCloser
+	left    int64 // bytes that it may yield
+}
+
+// newUnpacker unpacks blob. To close it closes blob.
+func newUnpacker(l v1.Descriptor, blob io.ReadCloser, report func(n int64)) (*unpacker, error) {
+	u := &unpacker{blob: blob, counter: &counter{r: blob, report: report}, left: maxLayer}
+	r, err := decompressors[l.MediaType](readerFunc(u.readBlob))
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", l.Digest, u.explain(err))
+	}
+	u.r = r
+	return u, nil
+}
+
+func (u *unpacker) readBlob(p []byte) (int, error) {
+	n, err := u.counter.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		u.readErr = err
+	}
+	return n, err
+}
+
+func (u *unpacker) Read(p []byte) (int, error) {
+	n, err := u.r.Read(p)
+	if u.left -= int64(n); u.left < 0 {
+		return 0, shed.Errorf(shed.CodeInvalid, "it unpacks to more than %d GiB", int64(maxLayer)>>30)
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = u.explain(err)
+	}
+	return n, err
+}
+
+func (u *unpacker) explain(err error) error {
+	if u.readErr != nil {
+		return u.readErr
+	}
+	return shed.Errorf(shed.CodeInvalid, "decompressing: %w", err)
+}
+
+func (u *unpacker) Close() error { return errors.Join(u.r.Close(), u.blob.Close()) }
 
 const dockerZstdLayer types.MediaType = "application/vnd.docker.image.rootfs.diff.tar.zstd"
 

@@ -2,13 +2,16 @@ package image
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/charliek/shed"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
@@ -98,7 +101,7 @@ func TestRootfsRefuses(t *testing.T) {
 		want      string
 	}{
 		"unknown kind":   {"application/x-shed", tarOf(t, "g", "x"), shed.CodeUnsupported, `"application/x-shed"`},
-		"damaged gzip":   {types.OCILayer, nil, shed.CodeInternal, "decompressing"},
+		"damaged gzip":   {types.OCILayer, nil, shed.CodeInvalid, "decompressing"},
 		"other content":  {types.OCIUncompressedLayer, tarOf(t, "g", "y"), shed.CodeInvalid, "not what its diff ID says"},
 		"missing a blob": {types.OCIUncompressedLayer, nil, shed.CodeInternal, "no such file"},
 	} {
@@ -138,5 +141,66 @@ func TestRootfsRefuses(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestRootfsWithin(t *testing.T) {
+	s := open(t, t.TempDir())
+	var layers []v1.Layer
+	for i, k := range []types.MediaType{types.OCIUncompressedLayer, types.OCILayer, types.OCILayerZStd, types.OCILayer, types.OCILayer} {
+		layers = append(layers, layerOf(t, k, tarOf(t, fmt.Sprint("f", i), noise(9<<20, byte(i)))))
+	}
+	addImage(t, s, "x", layers...)
+	img, err := s.Resolve("x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		most   int
+		merged []string // files in the lowest image
+		paths  int
+	}{
+		{0, []string{"f0"}, 5}, {6, []string{"f0"}, 5}, {5, []string{"f0"}, 5},
+		{4, []string{"f0", "f1"}, 4}, {2, []string{"f0", "f1", "f2", "f3"}, 2}, {1, []string{"f0", "f1", "f2", "f3", "f4"}, 1},
+	} {
+		var last shed.Event
+		merges := 0
+		paths, _, err := s.RootfsWithin(t.Context(), img, tc.most, func(e shed.Event) {
+			if e.Phase == "merge" {
+				if e.Current < last.Current && !e.Done || e.Current > e.Total {
+					t.Errorf("%+v follows %+v", e, last)
+				}
+				if last = e; e.Done {
+					last = shed.Event{}
+					merges++
+				}
+			}
+		})
+		if err != nil || len(paths) != tc.paths || (merges == 1) != (tc.paths < 5) {
+			t.Fatalf("within %d, it has %q after %d merges, %v", tc.most, paths, merges, err)
+		}
+		var files []string
+		for _, f := range strings.Fields(debugfs(t, paths[0], "ls /")) {
+			if strings.HasPrefix(f, "f") {
+				files = append(files, f)
+			}
+		}
+		if !slices.Equal(files, tc.merged) {
+			t.Errorf("within %d, the lowest image holds %q, want %q", tc.most, files, tc.merged)
+		}
+		again, _, err := s.RootfsWithin(t.Context(), img, tc.most, func(e shed.Event) { t.Errorf("unexpected event %+v", e) })
+		if err != nil || !slices.Equal(again, paths) {
+			t.Errorf("within %d, the second time it has %q, %v", tc.most, again, err)
+		}
+	}
+	digest, err := layers[1].Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.blob(digest), []byte("damaged"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.RootfsWithin(t.Context(), img, 3, nil); shed.ErrorCode(err) != shed.CodeInvalid || !strings.Contains(err.Error(), "decompressing") {
+		t.Errorf("a damaged blob gives %v", err)
 	}
 }

@@ -4,12 +4,14 @@ package image
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -24,15 +26,15 @@ import (
 )
 
 const (
-	refName    = "org.opencontainers.image.ref.name"
 	tempPrefix = ".tmp-"
-	// minPrefix is how many hex digits of a digest can stand for it.
-	minPrefix = 12
+	// maxJSON bounds what is read into memory: manifests, indexes and configurations, in bytes.
+	maxJSON = 8 << 20
 )
 
 // Store is an OCI layout: blobs/, and index.json, whose annotations hold the
 // tags. A manifest that lost its tag stays in the index, since sheds
-// may use it by its digest.
+// may use it by its digest. What other tools have put there is taken as it is; of an index for several
+// platforms the image for this host counts.
 //
 // Everything in it is complete and synced when it appears. Methods may be called concurrently; only
 // one process may write to the layout, while any may read it.
@@ -40,14 +42,16 @@ type Store struct {
 	dir    string
 	layers *rootfs.Layers
 
-	mu       sync.Mutex // held to change index.json
+	mu       sync.Mutex // held to change index.json and to remove anything, and to read what must not be removed meanwhile
+	held     holds
 	building sync.Mutex // held during a build
+	ingests  ingests
 }
 
 // Open opens the layout in dir, which it makes if need be, and removes what
 // killed processes left there. Block images come from and go to layers.
 func Open(dir string, layers *rootfs.Layers) (*Store, error) {
-	s := &Store{dir: dir, layers: layers}
+	s := &Store{dir: dir, layers: layers, held: holds{}}
 	if err := s.open(); err != nil {
 		return nil, fmt.Errorf("opening the images: %w", err)
 	}
@@ -63,7 +67,7 @@ func (s *Store) open() error {
 		return err
 	}
 	for _, p := range left {
-		if err := os.Remove(p); err != nil {
+		if err := os.RemoveAll(p); err != nil {
 			return fmt.Errorf("removing the leftover of a killed process: %w", err)
 		}
 	}
@@ -78,8 +82,12 @@ func (s *Store) open() error {
 	return err
 }
 
-// List returns all images, sorted by reference; those that have lost their tag come first. It leaves InUse empty.
+// List returns all images, sorted by reference; those that have lost their tag come first. One that is damaged, that is
+// none or that has none for this host has no platform and no layers; Inspect says what is wrong with
+// it. List leaves InUse empty, and tells no image that the configuration names from others.
 func (s *Store) List(ctx context.Context) ([]*shed.Image, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	index, err := s.index()
 	if err != nil {
 		return nil, err
@@ -91,85 +99,67 @@ func (s *Store) List(ctx context.Context) ([]*shed.Image, error) {
 		}
 		img, err := s.image(desc)
 		if err != nil {
-			return nil, err
+			img = newImage(desc)
+			img.Size = rootfs.DiskUsage(s.blob(desc.Digest))
 		}
 		images = append(images, img)
 	}
 	slices.SortFunc(images, func(a, b *shed.Image) int {
-		return strings.Compare(a.Ref+"\x00"+a.Digest, b.Ref+"\x00"+b.Digest)
+		return cmp.Or(strings.Compare(a.Ref, b.Ref), strings.Compare(a.Digest, b.Digest))
 	})
 	return images, nil
 }
 
-// Resolve returns the image that ref names: a tag, a digest of a manifest with or without
-// "sha256:", or at least 12 hex digits that only one digest starts with. No such image is CodeNoImage, several are CodeInvalid.
-func (s *Store) Resolve(ref string) (*shed.Image, error) {
-	index, err := s.index()
+// newImage is what desc alone says of an image.
+func newImage(desc v1.Descriptor) *shed.Image {
+	img := &shed.Image{
+		Ref: desc.Annotations[refName], Digest: desc.Digest.String(), Source: shed.SourceUser, InUse: []string{}, Layers: []shed.Layer{},
+	}
+	if img.Ref == "" {
+		img.Source = shed.SourceDangling
+	}
+	return img
+}
+
+// image describes the image that desc, of a manifest or of an index, points to.
+func (s *Store) image(desc v1.Descriptor) (*shed.Image, error) {
+	detail, err := s.detail(desc)
 	if err != nil {
 		return nil, err
 	}
-	var tags []string
-	found := make(map[v1.Hash]v1.Descriptor)
-	prefix := strings.TrimPrefix(ref, "sha256:")
-	for _, desc := range index.Manifests {
-		tag := desc.Annotations[refName]
-		if tag == ref && tag != "" {
-			return s.image(desc)
-		}
-		if tag != "" {
-			tags = append(tags, tag)
-		}
-		if len(prefix) < minPrefix || !strings.HasPrefix(desc.Digest.Hex, prefix) {
-			continue
-		}
-		if _, ok := found[desc.Digest]; !ok || tag != "" {
-			found[desc.Digest] = desc
-		}
-	}
-	switch len(found) {
-	case 0:
-		return nil, noImage(ref, tags)
-	case 1:
-		for _, desc := range found {
-			return s.image(desc)
-		}
-	}
-	return nil, shed.Errorf(shed.CodeInvalid, "%d images have a digest that starts with %q", len(found), ref).
-		WithHint("give more digits of it")
+	return &detail.Image, nil
 }
 
-func noImage(ref string, tags []string) error {
-	err := shed.Errorf(shed.CodeNoImage, "there is no image %q", ref)
-	if len(tags) == 0 {
-		return err.WithHint("there are no images yet: `shed image build base` makes the first one")
+// detail describes the image that desc, of a manifest or of an index, points to.
+func (s *Store) detail(desc v1.Descriptor) (*shed.ImageDetail, error) {
+	name := cmp.Or(desc.Annotations[refName], desc.Digest.String())
+	d, err := s.describe(desc)
+	if err != nil && shed.ErrorHint(err) == "" {
+		e := shed.Errorf(shed.ErrorCode(err), "image %s: %w", name, err)
+		return nil, e.WithHint("pull, load or build it again; `shed image rm %s` removes it", name)
 	}
-	slices.Sort(tags)
-	const most = 10
-	more := ""
-	if len(tags) > most {
-		tags, more = tags[:most], ", ..."
-	}
-	return err.WithHint("there are: %s%s; `shed image build base` makes the base image", strings.Join(tags, ", "), more)
-}
-
-// image describes the image whose manifest desc points to.
-func (s *Store) image(desc v1.Descriptor) (*shed.Image, error) {
-	name := desc.Annotations[refName]
-	if name == "" {
-		name = desc.Digest.String()
-	}
-	manifest, cfg, err := s.manifest(desc.Digest, desc.MediaType)
 	if err != nil {
 		return nil, fmt.Errorf("image %s: %w", name, err)
 	}
-	img := &shed.Image{
-		Ref:       desc.Annotations[refName],
-		Digest:    desc.Digest.String(),
-		InUse:     []string{},
-		CreatedAt: cfg.Created.Time,
-		Layers:    make([]shed.Layer, 0, len(manifest.Layers)),
+	return d, nil
+}
+
+func (s *Store) describe(entry v1.Descriptor) (*shed.ImageDetail, error) {
+	desc, err := s.choose(entry)
+	if err != nil {
+		return nil, err
 	}
-	files := map[string]struct{}{s.blob(desc.Digest): {}, s.blob(manifest.Config.Digest): {}}
+	manifest, cfg, err := s.manifest(desc.Digest, desc.MediaType)
+	if err != nil {
+		return nil, err
+	}
+	d := &shed.ImageDetail{Image: *newImage(entry), MediaType: string(desc.MediaType), Config: imageConfig(cfg.Config)}
+	d.Digest = desc.Digest.String()
+	d.CreatedAt = cfg.Created.Time
+	if p := cfg.Platform(); p != nil {
+		d.Platform = v1.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant}.String()
+	}
+	files := map[string]struct{}{s.blob(entry.Digest): {}, s.blob(desc.Digest): {}, s.blob(manifest.Config.Digest): {}}
 	for i, l := range manifest.Layers {
 		diffID := cfg.RootFS.DiffIDs[i]
 		layer := shed.Layer{Digest: l.Digest.String(), DiffID: diffID.String(), Size: l.Size}
@@ -178,12 +168,57 @@ func (s *Store) image(desc v1.Descriptor) (*shed.Image, error) {
 			layer.BlockImage = rootfs.DiskUsage(path)
 			files[path] = struct{}{}
 		}
-		img.Layers = append(img.Layers, layer)
+		d.Layers = append(d.Layers, layer)
 	}
 	for path := range files {
-		img.Size += rootfs.DiskUsage(path)
+		d.Size += rootfs.DiskUsage(path)
 	}
-	return img, nil
+	d.History = history(cfg.History, d.Layers)
+	return d, nil
+}
+
+// Inspect returns all that is known of the image that name names, as Resolve takes it. It leaves InUse empty.
+func (s *Store) Inspect(ctx context.Context, name string) (*shed.ImageDetail, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	desc, err := s.find(name)
+	if err != nil {
+		return nil, err
+	}
+	return s.detail(desc)
+}
+
+func imageConfig(c v1.Config) shed.ImageConfig {
+	out := shed.ImageConfig{
+		User: c.User, WorkingDir: c.WorkingDir, Env: c.Env, Entrypoint: c.Entrypoint, Cmd: c.Cmd, Labels: c.Labels,
+	}
+	for port := range c.ExposedPorts {
+		out.ExposedPorts = append(out.ExposedPorts, port)
+	}
+	slices.Sort(out.ExposedPorts)
+	return out
+}
+
+// history matches the steps with the layers that they made. A history that speaks of
+// another number of layers than there are says nothing of which is whose.
+func history(steps []v1.History, layers []shed.Layer) []shed.ImageHistory {
+	made := 0
+	for _, h := range steps {
+		if !h.EmptyLayer {
+			made++
+		}
+	}
+	out := make([]shed.ImageHistory, 0, len(steps))
+	next := 0
+	for _, h := range steps {
+		step := shed.ImageHistory{CreatedAt: h.Created.Time, CreatedBy: h.CreatedBy, Comment: h.Comment}
+		if !h.EmptyLayer && made == len(layers) {
+			step.Layer = &layers[next]
+			next++
+		}
+		out = append(out, step)
+	}
+	return out
 }
 
 // manifest reads an image's manifest and configuration, which have the same number of layers.
@@ -197,7 +232,7 @@ func (s *Store) manifest(digest v1.Hash, mediaType types.MediaType) (*v1.Manifes
 	}
 	manifest, err := v1.ParseManifest(bytes.NewReader(raw))
 	if err != nil {
-		return nil, nil, fmt.Errorf("%s is no manifest: %w", s.blob(digest), err)
+		return nil, nil, fmt.Errorf("%s is no manifest: %w: %w", s.blob(digest), errDamaged, err)
 	}
 	raw, err = s.readBlob(manifest.Config.Digest)
 	if err != nil {
@@ -205,7 +240,7 @@ func (s *Store) manifest(digest v1.Hash, mediaType types.MediaType) (*v1.Manifes
 	}
 	cfg, err := v1.ParseConfigFile(bytes.NewReader(raw))
 	if err != nil {
-		return nil, nil, fmt.Errorf("%s is no image configuration: %w", s.blob(manifest.Config.Digest), err)
+		return nil, nil, fmt.Errorf("%s is no image configuration: %w: %w", s.blob(manifest.Config.Digest), errDamaged, err)
 	}
 	if len(manifest.Layers) != len(cfg.RootFS.DiffIDs) {
 		return nil, nil, shed.Errorf(shed.CodeInvalid, "its manifest has %d layers, its configuration %d",
@@ -220,16 +255,40 @@ func (s *Store) blob(digest v1.Hash) string {
 	return filepath.Join(s.dir, "blobs", digest.Algorithm, digest.Hex)
 }
 
-// readBlob returns the content of a blob that fits into memory, and makes sure that it is that.
+// errDamaged is what reading a blob returns that is there and of no use.
+var errDamaged = errors.New("damaged")
+
+// readBlob returns the content of a manifest, an index or a configuration, and makes sure that it has that digest.
 func (s *Store) readBlob(digest v1.Hash) ([]byte, error) {
-	b, err := os.ReadFile(s.blob(digest))
+	h, err := v1.Hasher(digest.Algorithm)
+	if err != nil {
+		return nil, fmt.Errorf("a digest is %w: %w", errDamaged, err)
+	}
+	f, err := os.Open(s.blob(digest))
 	if err != nil {
 		return nil, err
 	}
-	if sum := sha256.Sum256(b); digest.Hex != hex.EncodeToString(sum[:]) {
-		return nil, fmt.Errorf("%s is damaged: its content does not have that digest", s.blob(digest))
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxJSON+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > maxJSON {
+		return nil, fmt.Errorf("%s has more than %d bytes: %w", f.Name(), maxJSON, errDamaged)
+	}
+	h.Write(b)
+	if digest.Hex != hex.EncodeToString(h.Sum(nil)) {
+		return nil, fmt.Errorf("%s is %w: its content does not have that digest", f.Name(), errDamaged)
 	}
 	return b, nil
+}
+
+// descriptor returns what points to a blob with that content.
+func descriptor(content []byte, mediaType types.MediaType) v1.Descriptor {
+	sum := sha256.Sum256(content)
+	return v1.Descriptor{
+		MediaType: mediaType, Size: int64(len(content)), Digest: v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(sum[:])},
+	}
 }
 
 // writeJSON makes v a blob and returns where it is.
@@ -238,12 +297,11 @@ func (s *Store) writeJSON(v any, mediaType types.MediaType) (v1.Descriptor, erro
 	if err != nil {
 		return v1.Descriptor{}, err
 	}
-	sum := sha256.Sum256(b)
-	digest := v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(sum[:])}
-	if err := s.writeFile(s.blob(digest), b); err != nil {
+	desc := descriptor(b, mediaType)
+	if err := s.writeFile(s.blob(desc.Digest), b); err != nil {
 		return v1.Descriptor{}, err
 	}
-	return v1.Descriptor{MediaType: mediaType, Size: int64(len(b)), Digest: digest}, nil
+	return desc, nil
 }
 
 func (s *Store) writeMissing(name string, v any) error {
@@ -272,49 +330,4 @@ func (s *Store) writeFile(path string, b []byte) error {
 func (s *Store) createTemp() (*os.File, error) {
 	f, err := os.CreateTemp(s.dir, tempPrefix)
 	return f, rootfs.NoSpace(err, s.dir)
-}
-
-func (s *Store) index() (*v1.IndexManifest, error) {
-	path := s.path("index.json")
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	index, err := v1.ParseIndexManifest(bytes.NewReader(b))
-	if err != nil {
-		return nil, fmt.Errorf("%s is damaged: %w", path, err)
-	}
-	return index, nil
-}
-
-// tag makes name the tag of the manifest that desc points to, and of no other.
-func (s *Store) tag(desc v1.Descriptor, name string) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	index, err := s.index()
-	if err != nil {
-		return err
-	}
-	var untagged []v1.Descriptor
-	manifests := slices.DeleteFunc(index.Manifests, func(d v1.Descriptor) bool {
-		tag := d.Annotations[refName]
-		if tag == name && d.Digest != desc.Digest {
-			delete(d.Annotations, refName)
-			untagged = append(untagged, d)
-		}
-		return tag == name || tag == "" && d.Digest == desc.Digest
-	})
-	desc.Annotations = map[string]string{refName: name}
-	manifests = append(manifests, desc)
-	for _, d := range untagged {
-		if !slices.ContainsFunc(manifests, func(o v1.Descriptor) bool { return o.Digest == d.Digest }) {
-			manifests = append(manifests, d)
-		}
-	}
-	index.Manifests = manifests
-	b, err := json.MarshalIndent(index, "", "  ")
-	if err != nil {
-		return err
-	}
-	return s.writeFile(s.path("index.json"), b)
 }

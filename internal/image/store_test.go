@@ -274,9 +274,18 @@ func TestOpenRemovesLeftovers(t *testing.T) {
 	if err := os.WriteFile(left, []byte("half a blob"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	spool := s.path(tempPrefix + "load-5678") // of a load
+	if err := os.MkdirAll(spool, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(spool, "0"), []byte("a file of an archive"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	s = open(t, dir)
-	if _, err := os.Lstat(left); !os.IsNotExist(err) {
-		t.Errorf("the leftover is still there: %v", err)
+	for _, path := range []string{left, spool} {
+		if _, err := os.Lstat(path); !os.IsNotExist(err) {
+			t.Errorf("%s is still there: %v", path, err)
+		}
 	}
 	if got, err := s.Resolve("base"); err != nil || got.Digest != img.String() {
 		t.Errorf("base is %v, %v", got, err)
@@ -295,10 +304,21 @@ func TestDamage(t *testing.T) {
 	if err := os.WriteFile(blob, bytes.Replace(raw, []byte("sha256"), []byte("sha257"), 1), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	for name, err := range map[string]error{"List": second(s.List(t.Context())), "Resolve": second(s.Resolve("base"))} {
+	other := digestOf(t, addImage(t, s, "other", layerOf(t, types.OCILayer, tarOf(t, "g", "x"))))
+	for name, err := range map[string]error{
+		"Resolve": second(s.Resolve("base")), "Inspect": second(s.Inspect(t.Context(), "base")),
+		"Save": s.Save(t.Context(), []string{"base"}, io.Discard),
+	} {
 		if err == nil || !strings.Contains(err.Error(), blob) {
 			t.Errorf("%s on a damaged manifest gives %v", name, err)
 		}
+	}
+	list, err := s.List(t.Context())
+	if err != nil || len(list) != 2 || list[1].Digest != other.String() || list[1].Platform != "linux/"+runtime.GOARCH {
+		t.Fatalf("with a damaged manifest the store lists %v, %v", list, err)
+	}
+	if odd := list[0]; odd.Ref != "base" || odd.Digest != digestOf(t, img).String() || odd.Platform != "" || len(odd.Layers) != 0 || odd.Size == 0 {
+		t.Errorf("the damaged image is listed as %+v", odd)
 	}
 	index := s.path("index.json")
 	if err := os.WriteFile(index, []byte(`{"manifests": [`), 0o644); err != nil {

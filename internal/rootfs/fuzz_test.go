@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -22,15 +23,62 @@ func FuzzConvert(f *testing.F) {
 	f.Add(layer(f, symlink("long", strings.Repeat("l", 300)), file(strings.Repeat("n", 200), "")))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		out, err := os.Create(filepath.Join(t.TempDir(), "img"))
-		if err != nil {
-			t.Fatal(err)
+		// What is refused may be anything.
+		_ = write(t, func(out *os.File) error {
+			_, err := writeLayer(t.Context(), out, bytes.NewReader(fixChecksums(b)), 8<<20)
+			return err
+		})
+	})
+}
+
+// FuzzMerge checks the same of two layers, and that what can be converted can be merged: an upper layer is
+// refused for what it says itself, not for what is below it.
+func FuzzMerge(f *testing.F) {
+	lower := layer(f, dir("d/"), file("d/f", "content"), link("d/g", "d/f"), symlink("s", "d"), file("x", "1"))
+	f.Add(lower, layer(f, file("d/.wh.f", ""), link("h", "d/f"), file("s/f", ""), dir("x/")))
+	f.Add(lower, layer(f, file("d/"+opaqueMarker, ""), file("d/new", ""), tar.Header{Typeflag: tar.TypeChar, Name: "x"}))
+	f.Add(lower, layer(f, file("d", ""), link("d2", "d/g"), file(".wh.s", ""), file("x/.wh.y", "")))
+	f.Add(layer(f, withXattr(dir("d/"), "user.a", "1")), layer(f, file("d/f", "1"), file("d/f", "2"), link("d/h", "d/f"), file(".wh.d", "")))
+	f.Add([]byte{}, gnuSparse("f", "end", 1<<20))
+	f.Fuzz(func(t *testing.T, a, b []byte) {
+		a, b = fixChecksums(a), fixChecksums(b)
+		if write(t, func(out *os.File) error {
+			_, err := writeLayer(t.Context(), out, bytes.NewReader(a), 8<<20)
+			return err
+		}) != nil {
+			return
 		}
-		defer out.Close()
-		if _, err := writeImage(t.Context(), out, bytes.NewReader(fixChecksums(b)), 8<<20); err == nil {
-			fsck(t, out.Name())
+		convertErr := write(t, func(out *os.File) error {
+			_, err := writeLayer(t.Context(), out, bytes.NewReader(b), 8<<20)
+			return err
+		})
+		layers := []MergeLayer{mergeLayer(a), mergeLayer(b)}
+		mergeErr := write(t, func(out *os.File) error {
+			merged, err := mergeTrees(t.Context(), layers)
+			if err != nil {
+				return err
+			}
+			return writeImage(out, 32<<20, func(w io.Writer) error { return writeMerged(t.Context(), w, merged, layers) })
+		})
+		if convertErr == nil && mergeErr != nil {
+			t.Errorf("merging gives %v", mergeErr)
 		}
 	})
+}
+
+// write has an image written, and checks it if there is no error.
+func write(t *testing.T, image func(*os.File) error) error {
+	t.Helper()
+	out, err := os.Create(filepath.Join(t.TempDir(), "img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	if err := image(out); err != nil {
+		return err
+	}
+	fsck(t, out.Name())
+	return nil
 }
 
 // fixChecksums makes the headers of a mutated tar pass, so that what they say gets further than to the tar reader.

@@ -1,45 +1,49 @@
 package rootfs
 
 import (
-	"bufio"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"sync"
 
-	"github.com/Microsoft/hcsshim/ext4/tar2ext4"
 	"github.com/charliek/shed"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// maxImage bounds a layer's block image, in bytes. It costs nothing until it
+// maxImage bounds a block image, and the tar of a layer, in bytes. It costs nothing until it
 // is used: a few blocks of group descriptors.
 const maxImage = 128 << 30
 
-// Layers is a directory of block images, one for each layer, by diff ID. Its
-// methods may be called concurrently; only one process may use the directory at a time.
+// Layers is a directory of block images: one for each layer, by diff ID, and
+// those of several layers merged, by chain ID. Its methods may be called
+// concurrently; only one process may use the directory at a time.
 type Layers struct {
-	dir string
+	dir    string // of single layers
+	chains string // of merged ones
 
 	mu   sync.Mutex
-	busy map[v1.Hash]chan struct{} // conversions of declared diff IDs; closed at the end
+	busy map[string]chan struct{} // images that are being made, by path; closed at the end
 }
 
 // OpenLayers opens the layers in dir, which it makes if need be, and removes what
 // a killed conversion left there.
 func OpenLayers(dir string) (*Layers, error) {
-	dir = filepath.Join(dir, "sha256")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, fmt.Errorf("opening the layers: %w", err)
+	l := &Layers{
+		dir:    filepath.Join(dir, "sha256"),
+		chains: filepath.Join(dir, "chain", "sha256"),
+		busy:   make(map[string]chan struct{}),
 	}
-	if err := removeTemps(dir); err != nil {
-		return nil, fmt.Errorf("opening the layers: %w", err)
+	for _, dir := range []string{l.dir, l.chains} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, fmt.Errorf("opening the layers: %w", err)
+		}
+		if err := removeTemps(dir); err != nil {
+			return nil, fmt.Errorf("opening the layers: %w", err)
+		}
 	}
-	return &Layers{dir: dir, busy: make(map[v1.Hash]chan struct{})}, nil
+	return l, nil
 }
 
 // Path returns the path of the block image of the layer with that diff ID, and
@@ -49,12 +53,16 @@ func (l *Layers) Path(diffID v1.Hash) (string, bool) {
 		return "", false
 	}
 	path := l.path(diffID)
-	fi, err := os.Lstat(path)
-	return path, err == nil && fi.Mode().IsRegular()
+	return path, isFile(path)
 }
 
 func (l *Layers) path(diffID v1.Hash) string {
 	return filepath.Join(l.dir, diffID.Hex+".img")
+}
+
+func isFile(path string) bool {
+	fi, err := os.Lstat(path)
+	return err == nil && fi.Mode().IsRegular()
 }
 
 func isSHA256(h v1.Hash) bool {
@@ -70,14 +78,17 @@ func isSHA256(h v1.Hash) bool {
 // is there already, and concurrent calls do the work once. Otherwise r is read to its
 // end. Convert looks at ctx between reads; a read that blocks is r's to interrupt.
 //
-// A tar that is damaged, that reaches out of the layer, or that ext4 can't hold is an
-// error with CodeInvalid; a full disk is one with CodeNoSpace. Errors of r are wrapped.
+// A tar that is damaged, that reaches out of the layer, that ext4 can't hold or that is larger than
+// 128 GiB is an error with CodeInvalid; a full disk is one with CodeNoSpace. Errors of r are wrapped.
 //
 // A directory that the layer has entries in but no entry for is made as
 // root's, mode 0755, and as the topmost one it decides what the merged
 // directory looks like. Layers made from file system differences always have
 // such entries; an image is the same for every stack that its layer is in, so
 // there is no lower layer to take them from.
+//
+// A hard link must follow its target in the same layer: that an image can't
+// have one into another image is CodeInvalid here, and not for Merge.
 //
 // Every image has a directory lost+found, since e2fsck demands one. If a tar repeats an entry, the
 // last one counts and what the earlier ones hold ends up in there.
@@ -86,7 +97,7 @@ func (l *Layers) Convert(ctx context.Context, r io.Reader, declared v1.Hash) (v1
 		if !isSHA256(declared) {
 			return v1.Hash{}, "", shed.Errorf(shed.CodeUnsupported, "layer %s: only sha256 diff IDs are supported", declared)
 		}
-		release, err := l.lock(ctx, declared)
+		release, err := l.lock(ctx, l.path(declared))
 		if err != nil {
 			return v1.Hash{}, "", fmt.Errorf("layer %s: %w", declared, err)
 		}
@@ -105,18 +116,18 @@ func (l *Layers) Convert(ctx context.Context, r io.Reader, declared v1.Hash) (v1
 	return diffID, path, nil
 }
 
-// lock waits until no other call converts diffID and keeps others from it until release is called.
-func (l *Layers) lock(ctx context.Context, diffID v1.Hash) (release func(), err error) {
+// lock waits until no other call makes the image at path and keeps others from it until release is called.
+func (l *Layers) lock(ctx context.Context, path string) (release func(), err error) {
 	for {
 		l.mu.Lock()
-		other, busy := l.busy[diffID]
+		other, busy := l.busy[path]
 		if !busy {
 			done := make(chan struct{})
-			l.busy[diffID] = done
+			l.busy[path] = done
 			l.mu.Unlock()
 			return func() {
 				l.mu.Lock()
-				delete(l.busy, diffID)
+				delete(l.busy, path)
 				l.mu.Unlock()
 				close(done)
 			}, nil
@@ -135,10 +146,9 @@ func (l *Layers) convert(ctx context.Context, r io.Reader, declared v1.Hash) (di
 	if err != nil {
 		return v1.Hash{}, "", NoSpace(err, l.dir)
 	}
-	diffID, err = writeImage(ctx, f, r, maxImage)
+	diffID, err = writeLayer(ctx, f, r, maxImage)
 	if err == nil && declared != (v1.Hash{}) && diffID != declared {
-		err = shed.Errorf(shed.CodeInvalid, "the content is not what its diff ID says: it has %s", diffID).
-			WithHint("the blob is damaged; get or build the image again")
+		err = errDiffID(diffID)
 	}
 	if err != nil {
 		discard(f)
@@ -151,64 +161,17 @@ func (l *Layers) convert(ctx context.Context, r io.Reader, declared v1.Hash) (di
 	return diffID, path, nil
 }
 
-// writeImage writes the file system of the layer tar r to f, in at most limit
-// bytes, and returns the hash of all that r yielded.
-func writeImage(ctx context.Context, f *os.File, r io.Reader, limit int64) (v1.Hash, error) {
-	hash := sha256.New()
-	src := io.TeeReader(ctxReader{ctx, r}, hash)
-	pr, pw := io.Pipe()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		buf := bufio.NewWriterSize(pw, 1<<20)
-		err := rewriteTar(buf, bufio.NewReaderSize(src, 1<<20))
-		if err == nil {
-			err = buf.Flush()
-		}
-		pw.CloseWithError(err)
-	}()
-
-	out := &sparseWriter{f: f}
-	err := tarToExt4(bufio.NewReaderSize(pr, 1<<20), out, limit)
-	if err == nil {
-		// The trailer of the tar ends the conversion; what is left of the stream counts too.
-		_, err = io.Copy(io.Discard, pr)
-	}
-	pr.CloseWithError(err) // lets a blocked rewriteTar go
-	<-done
-	if err == nil {
-		err = out.finish()
-	}
-	if err == nil {
-		err = padInodeBitmaps(f)
-	}
-	if err != nil {
-		return v1.Hash{}, err
-	}
-	return v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(hash.Sum(nil))}, nil
+// writeLayer writes to f the file system of the layer tar r, and returns the hash of all that r
+// yielded. Neither may have more than limit bytes.
+func writeLayer(ctx context.Context, f *os.File, r io.Reader, limit int64) (diffID v1.Hash, err error) {
+	err = writeImage(f, limit, func(w io.Writer) (err error) {
+		diffID, err = rewriteLayer(ctx, w, r, limit)
+		return err
+	})
+	return diffID, err
 }
 
-// tarToExt4 turns panics, with which the library reports some of what it can't convert, into errors.
-func tarToExt4(r io.Reader, w io.ReadWriteSeeker, limit int64) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = shed.Errorf(shed.CodeInvalid, "converting to ext4: %v", p)
-		}
-	}()
-	if err := tar2ext4.ConvertTarToExt4(r, w, tar2ext4.MaximumDiskSize(limit)); err != nil {
-		return fmt.Errorf("converting to ext4: %w", err)
-	}
-	return nil
-}
-
-type ctxReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (c ctxReader) Read(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return c.r.Read(p)
+func errDiffID(got v1.Hash) error {
+	return shed.Errorf(shed.CodeInvalid, "the content is not what its diff ID says: it has %s", got).
+		WithHint("the blob is damaged; get or build the image again")
 }

@@ -123,6 +123,11 @@ func TestConvertRepeats(t *testing.T) {
 	))
 	fsck(t, img)
 	wantContains(t, "d", debugfs(t, img, "stat /d"), "Mode:  0700")
+	displaced := debugfs(t, img, "ls /lost+found")
+	wantContains(t, "lost+found", displaced, "repeated-1", "repeated-2")
+	if strings.Contains(displaced, "repeated-3") {
+		t.Errorf("a link that was there already displaced something:\n%s", displaced)
+	}
 	for _, name := range []string{"/d/f", "/d/l"} {
 		wantContains(t, name, e2fs(t, "debugfs", "-R", "cat "+name, img), "new")
 	}
@@ -172,40 +177,12 @@ func TestConvertRejects(t *testing.T) {
 			if code := shed.ErrorCode(err); code != shed.CodeInvalid {
 				t.Errorf("its code is %s, want %s", code, shed.CodeInvalid)
 			}
-			wantEmpty(t, l.dir)
+			_, err = l.Merge(t.Context(), []MergeLayer{mergeLayer(layer(t, dir("d/"))), mergeLayer(tc.tar)})
+			if shed.ErrorCode(err) != shed.CodeInvalid || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("merging gives %v", err)
+			}
+			wantNothing(t, l)
 		})
-	}
-}
-
-func wantEmpty(t testing.TB, dir string) {
-	t.Helper()
-	left, err := os.ReadDir(dir)
-	if err != nil || len(left) != 0 {
-		t.Errorf("%s should be empty: %v, %v", dir, left, err)
-	}
-}
-
-func TestConvertTooLarge(t *testing.T) {
-	f, err := os.Create(filepath.Join(t.TempDir(), "img"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	_, err = writeImage(t.Context(), f, bytes.NewReader(layer(t, file("f", strings.Repeat("x", 2<<20)))), 1<<20)
-	if err == nil || !strings.Contains(err.Error(), "exceeded maximum size") {
-		t.Errorf("got %v, want an error about the size", err)
-	}
-}
-
-func TestConvertSparse(t *testing.T) {
-	content := strings.Repeat("\x00", 64<<20) + "end"
-	img := convert(t, openLayers(t), layer(t, file("holes", content)))
-	fsck(t, img)
-	if used := DiskUsage(img); used == 0 || used > 2<<20 {
-		t.Errorf("64 MB of zeros use %d bytes on disk", used)
-	}
-	if got := e2fs(t, "debugfs", "-R", "cat /holes", img); !strings.HasSuffix(got, content) {
-		t.Errorf("the file comes back with %d bytes that differ", len(got))
 	}
 }
 
@@ -217,7 +194,7 @@ func TestConvertDeclared(t *testing.T) {
 	if shed.ErrorCode(err) != shed.CodeInvalid || !strings.Contains(err.Error(), wrong.Hex) || !strings.Contains(err.Error(), sum(b).Hex) {
 		t.Errorf("another diff ID than declared gives %v", err)
 	}
-	wantEmpty(t, l.dir)
+	wantNothing(t, l)
 	if _, ok := l.Path(sum(b)); ok {
 		t.Error("Path has a layer that was never made")
 	}
@@ -314,20 +291,25 @@ func TestConvertCancelled(t *testing.T) {
 	if _, _, err := l.Convert(ctx, r, v1.Hash{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want %v", err, context.Canceled)
 	}
-	wantEmpty(t, l.dir)
+	wantNothing(t, l)
 }
 
 func TestOpenLayersRemovesLeftovers(t *testing.T) {
 	l := openLayers(t)
 	path := convert(t, l, layer(t, file("f", "x")))
-	if err := os.WriteFile(filepath.Join(l.dir, tempPrefix+"layer-123"), []byte("half"), 0o600); err != nil {
-		t.Fatal(err)
+	merged := merge(t, l, mergeLayer(layer(t, file("f", "x"))))
+	for _, p := range []string{path, merged} {
+		if err := os.WriteFile(filepath.Join(filepath.Dir(p), tempPrefix+"123"), []byte("half"), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if _, err := OpenLayers(filepath.Dir(l.dir)); err != nil {
 		t.Fatal(err)
 	}
-	left, err := os.ReadDir(l.dir)
-	if err != nil || len(left) != 1 || left[0].Name() != filepath.Base(path) {
-		t.Errorf("left are %v, %v, want the layer alone", left, err)
+	for _, p := range []string{path, merged} {
+		left, err := os.ReadDir(filepath.Dir(p))
+		if err != nil || len(left) != 1 || left[0].Name() != filepath.Base(p) {
+			t.Errorf("left are %v, %v, want the image alone", left, err)
+		}
 	}
 }

@@ -15,9 +15,18 @@ type sparseWriter struct {
 	f   *os.File
 	pos int64
 	end int64 // of all that was written; beyond it the file is a hole
+
+	writeback int64 // where what the kernel was told to write to the disk ends
 }
 
+// writebackStep is how much is written, in bytes, before the disk begins with it.
+const writebackStep = 16 << 20
+
 func (w *sparseWriter) Write(p []byte) (n int, err error) {
+	if w.end-w.writeback >= writebackStep && w.pos == w.end {
+		startWriteback(w.f, w.writeback, w.end-w.writeback)
+		w.writeback = w.end
+	}
 	for len(p) > 0 {
 		chunk := p
 		// Only what was never written may be skipped. A zero block that

@@ -139,3 +139,11 @@ func TestNoSpace(t *testing.T) {
 		t.Errorf("a full disk gives %v", err)
 	}
 }
+
+func wantEmpty(t testing.TB, dir string) {
+	t.Helper()
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) != 0 {
+		t.Errorf("%s should be empty: %v, %v", dir, left, err)
+	}
+}

@@ -8,6 +8,11 @@ import (
 	"strings"
 )
 
+const (
+	xattrRecord = "SCHILY.xattr."
+	opaqueXattr = "trusted.overlay.opaque"
+)
+
 // convertXattrs returns the PAX records of those extended attributes among
 // records that a file of a layer can have. Attributes of other systems, which Linux
 // would refuse too, are left out, and so are those of overlayfs: a layer

@@ -350,3 +350,44 @@ func TestKeyFileOfOthers(t *testing.T) {
 	}
 	try("directory instead of a file", "not a regular file")
 }
+
+func TestUsableKeys(t *testing.T) {
+	line := func() string { return string(ssh.MarshalAuthorizedKey(memoryKey(t).PublicKey())) }
+	dir := t.TempDir()
+	file := func(name, text string, perm os.FileMode) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), perm); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, perm); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	good := file("good", line()+"# comment\n"+`command="x" `+line(), 0o600)
+	open := file("open", line(), 0o666)
+	for name, tt := range map[string]struct {
+		keys     AuthorizedKeys
+		n        int
+		problems []string
+	}{
+		"nothing":  {},
+		"no file":  {keys: AuthorizedKeys{Files: []string{filepath.Join(dir, "none")}}},
+		"lines":    {keys: AuthorizedKeys{Lines: []string{line(), line()}}, n: 2},
+		"a file":   {keys: AuthorizedKeys{Files: []string{good}}, n: 1, problems: []string{good + ":3: the option"}},
+		"of all":   {keys: AuthorizedKeys{Files: []string{open}}, problems: []string{open + ": its group or others can write it"}},
+		"together": {keys: AuthorizedKeys{Files: []string{good, open}, Lines: []string{line()}}, n: 2, problems: []string{good, open}},
+	} {
+		n, problems := tt.keys.Usable()
+		ok := n == tt.n && len(problems) == len(tt.problems)
+		for i := 0; ok && i < len(problems); i++ {
+			ok = strings.HasPrefix(problems[i], tt.problems[i])
+		}
+		if !ok {
+			t.Errorf("%s: %d, %q; want %d, %q", name, n, problems, tt.n, tt.problems)
+		}
+	}
+}

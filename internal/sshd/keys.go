@@ -28,6 +28,24 @@ type AuthorizedKeys struct {
 	Lines []string
 }
 
+// Usable returns how many keys may log in now, and why files and keys that are there may not.
+func (c AuthorizedKeys) Usable() (n int, problems []string) {
+	k := newKeyring(c, slog.New(slog.DiscardHandler))
+	for _, e := range k.current() {
+		if e.refused == "" {
+			n++
+		} else {
+			problems = append(problems, e.where+": "+e.refused)
+		}
+	}
+	for _, f := range k.files {
+		if f.problem != "" {
+			problems = append(problems, f.path+": "+f.problem)
+		}
+	}
+	return n, problems
+}
+
 // maxKeyFile is the longest file of authorized keys, in bytes.
 const maxKeyFile = 1 << 20
 

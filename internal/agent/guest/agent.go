@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,12 +30,25 @@ const (
 // machine is the state of the agent proper.
 type machine struct {
 	ready   *os.File // written to when the root file system is there; closed when an init may start
-	entered *os.File // at EOF when PID 1 has switched to it
+	entered *os.File // has a byte when disks can be mounted, and is at EOF when PID 1 has switched to it
 	cgroup  string   // that commands run in; "" means the agent's own
 
-	mu    sync.Mutex
-	setup *agent.Setup // nil before the first
-	envs  loginEnvs
+	mu      sync.Mutex
+	setup   *agent.Setup    // nil before the first
+	network <-chan struct{} // closed when the network is up, or can't be
+	envs    loginEnvs
+
+	commands atomic.Int32 // that are being started or run
+}
+
+// awaitNetwork waits until the network is there, without which nothing should start that may use it.
+func (m *machine) awaitNetwork() {
+	m.mu.Lock()
+	network := m.network
+	m.mu.Unlock()
+	if network != nil {
+		<-network
+	}
 }
 
 func runAgent() error {
@@ -75,6 +89,7 @@ func (m *machine) handle(s *agent.Stream) {
 		m.exec(s, *req.Exec)
 		return
 	case req.Dial != nil:
+		m.awaitNetwork()
 		dial(s, *req.Dial)
 		return
 	}

@@ -7,12 +7,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
-	"os/user"
 	"path/filepath"
-	"strconv"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -21,82 +19,37 @@ import (
 
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// account is a user of the guest.
-type account struct {
-	name, home, shell string
-	uid, gid          uint32
-	groups            []uint32
+// identity is who a is, for programs.
+func (a *account) identity() environ {
+	return environ{"HOME=" + a.home, "USER=" + a.name, "LOGNAME=" + a.name, "SHELL=" + a.shell}
 }
 
-// defaultUser is who commands run as unless they say otherwise.
-const defaultUser = "shed"
-
-// lookupUser finds a user by name or UID. "" is the default user, or root in an
-// image that doesn't have it. The image's files are read each time: they may change.
-func lookupUser(name string) (*account, error) {
-	wanted := name
-	if wanted == "" {
-		wanted = defaultUser
+// baseEnv is the environment before any shell has run: the image's, and what login(1) makes
+// of it. Where the image's configuration has chosen the user, it may speak for them too.
+func (a *account) baseEnv(image []string, ofImage bool) environ {
+	env := a.identity().with("PATH="+defaultPath, "LANG=C.UTF-8").with(image...)
+	if !ofImage {
+		env = env.with(a.identity()...)
 	}
-	u, err := user.Lookup(wanted)
-	if err != nil {
-		if _, numErr := strconv.ParseUint(wanted, 10, 32); numErr == nil {
-			u, err = user.LookupId(wanted)
-		}
-	}
-	if err != nil {
-		if name == "" || name == "root" || name == "0" {
-			return &account{name: "root", home: "/root", shell: "/bin/sh"}, nil
-		}
-		return nil, fmt.Errorf("there is no user %q in the shed", name)
-	}
-	a := &account{name: u.Username, home: u.HomeDir, shell: shellOf(u.Username)}
-	uid, err := strconv.ParseUint(u.Uid, 10, 32)
-	if err != nil {
-		return nil, err
-	}
-	gid, err := strconv.ParseUint(u.Gid, 10, 32)
-	if err != nil {
-		return nil, err
-	}
-	a.uid, a.gid = uint32(uid), uint32(gid)
-	groups, err := u.GroupIds()
-	if err != nil {
-		return nil, err
-	}
-	for _, g := range groups {
-		if n, err := strconv.ParseUint(g, 10, 32); err == nil {
-			a.groups = append(a.groups, uint32(n))
-		}
-	}
-	return a, nil
+	return env
 }
 
-// shellOf returns the user's login shell, from passwd(5).
-func shellOf(name string) string {
-	b, err := os.ReadFile("/etc/passwd")
-	if err == nil {
-		for line := range strings.Lines(string(b)) {
-			f := strings.Split(strings.TrimSpace(line), ":")
-			if len(f) == 7 && f[0] == name && f[6] != "" {
-				return f[6]
-			}
+// mergePath returns the PATH of a login shell with what the image's PATH has of its own, and it lacks, at the end.
+func mergePath(login, image string) string {
+	entries := filepath.SplitList(login)
+	for _, dir := range ownDirs(image) {
+		if !slices.Contains(entries, dir) {
+			entries = append(entries, dir)
 		}
 	}
-	return "/bin/sh"
+	return strings.Join(entries, ":")
 }
 
-// credential returns what a process of the user is started with.
-func (a *account) credential() *syscall.Credential {
-	return &syscall.Credential{Uid: a.uid, Gid: a.gid, Groups: a.groups}
-}
-
-// baseEnv is the environment before any shell has run, as login(1) makes it.
-func (a *account) baseEnv() environ {
-	return environ{
-		"HOME=" + a.home, "USER=" + a.name, "LOGNAME=" + a.name, "SHELL=" + a.shell,
-		"PATH=" + defaultPath, "LANG=C.UTF-8",
-	}
+// ownDirs returns the directories of an image's PATH that not every system has. Of
+// those that every one has, it is for the login shell to choose.
+func ownDirs(path string) []string {
+	system := filepath.SplitList(defaultPath)
+	return slices.DeleteFunc(filepath.SplitList(path), func(dir string) bool { return dir == "" || slices.Contains(system, dir) })
 }
 
 // environ is an environment without repeated names.
@@ -135,7 +88,12 @@ func (e environ) get(key string) string {
 // as much as many commands do, so its answer is kept until a file that it reads changes.
 type loginEnvs struct {
 	mu    sync.Mutex
-	known map[string]*loginEnv // by user name
+	known map[loginKey]*loginEnv
+}
+
+type loginKey struct {
+	name     string
+	uid, gid uint32
 }
 
 type loginEnv struct {
@@ -153,12 +111,13 @@ const loginRetry = time.Minute
 func (l *loginEnvs) get(a *account, base environ) environ {
 	l.mu.Lock()
 	if l.known == nil {
-		l.known = map[string]*loginEnv{}
+		l.known = map[loginKey]*loginEnv{}
 	}
-	e, ok := l.known[a.name]
+	key := loginKey{a.name, a.uid, a.gid}
+	e, ok := l.known[key]
 	if !ok {
 		e = &loginEnv{}
-		l.known[a.name] = e
+		l.known[key] = e
 	}
 	l.mu.Unlock()
 
@@ -205,13 +164,13 @@ func profileStamp(a *account, base environ) string {
 
 // askLoginShell runs the user's login shell to learn its environment.
 func askLoginShell(a *account, base environ) (environ, error) {
-	if _, err := os.Stat(a.shell); errors.Is(err, fs.ErrNotExist) {
-		return base, nil
+	if executable(a.shell) != nil || slices.Contains([]string{"nologin", "false", "true"}, filepath.Base(a.shell)) {
+		return base, nil // nobody logs in so
 	}
 	const mark = "\x00shed\x00"
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, a.shell, "-l", "-c", `printf '\0shed\0'; env -0`)
+	cmd := exec.CommandContext(ctx, a.shell, "-l", "-c", `printf '\0shed\0'; exec env -0`)
 	cmd.Env = base
 	cmd.Dir = a.home
 	if _, err := os.Stat(cmd.Dir); err != nil {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -28,6 +29,8 @@ const (
 
 // exec runs c on s, by the exec protocol.
 func (m *machine) exec(s *agent.Stream, c shed.Command) {
+	m.commands.Add(1)
+	defer m.commands.Add(-1)
 	frames := agent.NewFrameWriter(s)
 	input := make(chan error, 1) // has a value when nothing more comes from the client
 	var status shed.ExitStatus
@@ -79,6 +82,7 @@ func (m *machine) start(frames *agent.FrameWriter, c shed.Command) (p *running, 
 		cmd.SysProcAttr.UseCgroupFD = true
 		cmd.SysProcAttr.CgroupFD = int(cgroup.Fd())
 	}
+	m.awaitNetwork()
 	p = &running{cmd: cmd, frames: frames, ended: make(chan struct{})}
 	err = startCommand(func() error {
 		if c.TTY != nil {
@@ -86,6 +90,9 @@ func (m *machine) start(frames *agent.FrameWriter, c shed.Command) (p *running, 
 		}
 		return p.startPipes()
 	})
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, exitNotFound, fmt.Errorf("%s: what it is run by is not in the shed: the interpreter that its first line names, or the dynamic linker", cmd.Path)
+	}
 	if err != nil {
 		return nil, exitNotExecutable, err
 	}
@@ -132,71 +139,123 @@ func (p *running) wait(input <-chan error) (shed.ExitStatus, error) {
 
 // command makes the process of c, not started yet.
 func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
-	a, err := lookupUser(c.User)
-	if err != nil {
-		return nil, err
-	}
 	m.mu.Lock()
 	setup := m.setup
 	m.mu.Unlock()
 	if setup == nil {
 		return nil, errors.New("the shed isn't set up yet")
 	}
-	base := a.baseEnv().with(setup.Env...)
+	// A program runs as the image wants it to, and a login is the default user's.
+	isProgram := len(c.Args) > 0
+	ofImage := isProgram && c.User == "" && setup.Image.User != ""
+	var a *account
+	var err error
+	if ofImage {
+		a, err = lookupImageUser(setup.Image.User)
+	} else {
+		a, err = lookupUser(c.User)
+	}
+	if err != nil {
+		return nil, err
+	}
+	base := a.baseEnv(setup.Image.Env, ofImage).with(setup.Env...)
 	own := c.Env
 	if c.TTY != nil && c.TTY.Term != "" {
 		own = append([]string{"TERM=" + c.TTY.Term}, own...)
 	}
 	cmd := &exec.Cmd{
 		SysProcAttr: &syscall.SysProcAttr{Credential: a.credential(), Setsid: true},
-		Dir:         workDir(c.Dir, setup.Workspace, a.home),
+		Dir:         a.workDir(c.Dir, startDirs(*setup, isProgram)...),
 	}
 	if fi, err := os.Stat(cmd.Dir); err != nil || !fi.IsDir() {
 		return nil, fmt.Errorf("the directory %s isn't in the shed", cmd.Dir)
 	}
-	switch {
-	case len(c.Args) > 0:
-		env := m.envs.get(a, base).with(own...)
+	if !a.mayEnter(cmd.Dir) {
+		return nil, fmt.Errorf("the directory %s, for the user %s: %w", cmd.Dir, a.name, os.ErrPermission)
+	}
+	if isProgram {
+		env := m.envs.get(a, base)
+		env = env.with("PATH=" + mergePath(env.get("PATH"), environ(setup.Image.Env).get("PATH"))).with(own...)
 		cmd.Env = env
 		cmd.Args = c.Args
 		cmd.Path, err = lookPath(c.Args[0], env.get("PATH"), cmd.Dir)
 		if err != nil {
 			return nil, err
 		}
-	default:
-		cmd.Env = base.with(own...)
-		cmd.Path = a.shell
+	} else {
+		var ok bool
+		if cmd.Path, ok = a.loginShell(); !ok {
+			return nil, fmt.Errorf("the image has no shell; to run a program of it: shed exec %s -- PROGRAM", setup.Hostname)
+		}
+		cmd.Env = base.with("SHELL=" + cmd.Path).with(own...)
 		// A leading dash makes any shell a login shell.
-		cmd.Args = []string{"-" + filepath.Base(a.shell)}
+		cmd.Args = []string{"-" + filepath.Base(cmd.Path)}
 		if c.Script != "" {
 			cmd.Args = append(cmd.Args, "-c", c.Script)
-		}
-		if _, err := os.Stat(a.shell); err != nil {
-			return nil, fmt.Errorf("the shed has no shell %s", a.shell)
 		}
 	}
 	cmd.Env = environ(cmd.Env).with("PWD=" + cmd.Dir)
 	return cmd, nil
 }
 
-// workDir resolves the directory asked for. The workspace may be gone, which must
-// not keep anybody out.
-func workDir(dir, workspace, home string) string {
-	if dir == "" {
-		for _, d := range []string{workspace, home} {
-			if fi, err := os.Stat(d); err == nil && fi.IsDir() {
-				return d
-			}
-		}
-		return "/"
+// startDirs returns where commands start, the best first, before their user's home.
+func startDirs(s agent.Setup, isProgram bool) []string {
+	var dirs []string
+	if s.Workspace != "" {
+		dirs = append(dirs, s.Workspace)
 	}
+	if dir := filepath.Join("/", s.Image.WorkingDir); isProgram && dir != "/" {
+		dirs = append(dirs, dir)
+	}
+	return dirs
+}
+
+// workDir resolves the directory asked for: a relative one from where a command of a starts
+// otherwise. That is the first of start that is there and open to a, or the home: a directory that is gone must not
+// keep anybody out.
+func (a *account) workDir(dir string, start ...string) string {
 	if rest, ok := strings.CutPrefix(dir, "~"); ok && (rest == "" || rest[0] == '/') {
-		return filepath.Join(home, rest)
+		return filepath.Join(a.home, rest)
 	}
-	if !filepath.IsAbs(dir) {
-		return filepath.Join(workspace, dir)
+	if filepath.IsAbs(dir) {
+		return dir
 	}
-	return dir
+	for _, d := range append(start, a.home) {
+		if a.mayEnter(d) {
+			return filepath.Join(d, dir)
+		}
+	}
+	return filepath.Join("/", dir)
+}
+
+// mayEnter says whether dir is a directory that a can make its working directory.
+func (a *account) mayEnter(dir string) bool {
+	dir, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return false
+	}
+	for {
+		var st unix.Stat_t
+		if err := unix.Stat(dir, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			return false
+		}
+		search := uint32(unix.S_IXOTH)
+		switch {
+		case a.uid == 0:
+			search = 0
+		case st.Uid == a.uid:
+			search = unix.S_IXUSR
+		case st.Gid == a.gid || slices.Contains(a.groups, st.Gid):
+			search = unix.S_IXGRP
+		}
+		if st.Mode&search != search {
+			return false
+		}
+		if dir == "/" {
+			return true
+		}
+		dir = filepath.Dir(dir)
+	}
 }
 
 // lookPath finds a program as execvp(3) does, with a relative name taken from dir.
@@ -205,7 +264,11 @@ func lookPath(name, path, dir string) (string, error) {
 		if !filepath.IsAbs(name) {
 			name = filepath.Join(dir, name)
 		}
-		return name, executable(name)
+		err := executable(name)
+		if errors.Is(err, os.ErrNotExist) {
+			err = fmt.Errorf("%s: no such file in the shed", name)
+		}
+		return name, err
 	}
 	for _, d := range filepath.SplitList(path) {
 		if !filepath.IsAbs(d) {

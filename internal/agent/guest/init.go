@@ -59,12 +59,28 @@ func runInit() error {
 func boot() error {
 	unix.Umask(0o022)
 	// Loading the modules takes longest: the rest goes on meanwhile.
-	modules, err := newLoader()
+	modules, err := openModules()
 	if err != nil {
 		return err
 	}
-	loaded := make(chan error, 1)
-	go func() { loaded <- modules.loadAll() }()
+	disks := make(chan error, 1)
+	// On ready the agent tells that the new root is there, and by its end that an init may start.
+	// On entered it is told that disks can be mounted, and by its end that the new root is entered.
+	readyR, readyW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	enteredR, enteredW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	go func() {
+		err := modules.loadDisks()
+		if err == nil {
+			_, err = enteredW.Write([]byte{1})
+		}
+		disks <- err
+	}()
 	if err := mountAll(earlyMounts); err != nil {
 		return err
 	}
@@ -76,29 +92,20 @@ func boot() error {
 			return err
 		}
 	}
-	if err := copyFile("/init", exitrdBinary, 0o755); err != nil {
-		return err
-	}
-	// On ready the agent tells that the new root is there, and by its end that an init may
-	// start. The end of entered tells the agent that the new root is entered.
-	readyR, readyW, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	enteredR, enteredW, err := os.Pipe()
-	if err != nil {
-		return err
-	}
 	agent, err := startAgent(readyW, enteredR)
 	if err != nil {
 		return fmt.Errorf("starting the agent: %w", err)
 	}
 	readyW.Close()
 	enteredR.Close()
+	if err := <-disks; err != nil {
+		return err
+	}
 	if _, err := io.ReadFull(readyR, make([]byte, 1)); err != nil {
 		return errors.New("the agent ended before the root file system was ready")
 	}
-	if err := <-loaded; err != nil {
+	self, err := os.Open("/init")
+	if err != nil {
 		return err
 	}
 	initramfs, err := switchRoot()
@@ -106,8 +113,15 @@ func boot() error {
 		return fmt.Errorf("switching to the new root: %w", err)
 	}
 	enteredW.Close()
+	// The shed is there already: without these it has no network, or no clean end.
+	if err := modules.loadNetwork(); err != nil {
+		logf("%v", err)
+	}
 	io.Copy(io.Discard, readyR)
 	readyR.Close()
+	if err := errors.Join(modules.close(), copyFile(self, exitrdBinary, 0o755)); err != nil {
+		logf("%v", err)
+	}
 	if systemd, ok := findSystemd(); ok {
 		// It returns only on failure.
 		err := unix.Exec(systemd, []string{"/sbin/init"}, []string{"TERM=linux"})
@@ -116,15 +130,12 @@ func boot() error {
 	return reap(agent, initramfs)
 }
 
-func copyFile(from, to string, mode os.FileMode) error {
+// copyFile copies src, which it closes, to the file to.
+func copyFile(src *os.File, to string, mode os.FileMode) error {
+	defer src.Close()
 	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 		return err
 	}
-	src, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
 	dst, err := os.OpenFile(to, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, mode)
 	if err != nil {
 		return err
@@ -136,8 +147,7 @@ func copyFile(from, to string, mode os.FileMode) error {
 	return dst.Close()
 }
 
-// startAgent starts the agent from the copy that stays, in a cgroup of its own
-// that systemd leaves alone.
+// startAgent starts the agent, in a cgroup of its own that systemd leaves alone.
 func startAgent(ready, entered *os.File) (pid int, err error) {
 	for _, dir := range []string{agentCgroup, userCgroup} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -159,7 +169,7 @@ func startAgent(ready, entered *os.File) (pid int, err error) {
 		return 0, err
 	}
 	defer null.Close()
-	p, err := os.StartProcess(exitrdBinary, []string{agentName}, &os.ProcAttr{
+	p, err := os.StartProcess("/init", []string{agentName}, &os.ProcAttr{
 		Dir:   "/",
 		Files: []*os.File{null, console, console, ready, entered},
 		Sys:   &syscall.SysProcAttr{Setsid: true, UseCgroupFD: true, CgroupFD: int(cgroup.Fd())},
@@ -171,7 +181,7 @@ func startAgent(ready, entered *os.File) (pid int, err error) {
 }
 
 // switchRoot makes /sysroot the root, as switch_root(8) does for an initramfs,
-// which can't be unmounted: what was in it is deleted, to give back the memory.
+// which can't be unmounted: its files are deleted, when they are no longer needed, to give back the memory.
 // It returns the way back, a descriptor of the initramfs's root.
 func switchRoot() (initramfs int, err error) {
 	initramfs, err = unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -186,7 +196,6 @@ func switchRoot() (initramfs int, err error) {
 			return 0, fmt.Errorf("moving %s: %w", dir, err)
 		}
 	}
-	os.RemoveAll(modulesDir)
 	os.Remove("/init")
 	if err := unix.Chdir(sysroot); err != nil {
 		return 0, err
@@ -200,6 +209,10 @@ func switchRoot() (initramfs int, err error) {
 	return initramfs, unix.Chdir("/")
 }
 
+// findSystemd returns the image's systemd. Another init isn't started, though the image may have one:
+// OpenRC and busybox's would set up again what is there (mounts, the host name, the network, terminals that this machine
+// has not), and at shutdown kill the agent, which only systemd knows to spare, and with it every session before it
+// can be ended well. Services of such an image are for its users to start.
 func findSystemd() (string, bool) {
 	target, err := filepath.EvalSymlinks("/sbin/init")
 	if err != nil || !strings.Contains(filepath.Base(target), "systemd") {

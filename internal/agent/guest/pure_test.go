@@ -72,19 +72,87 @@ func TestLookPath(t *testing.T) {
 
 func TestWorkDir(t *testing.T) {
 	dir := t.TempDir()
-	for _, tt := range []struct{ dir, workspace, home, want string }{
-		{"", dir, "/root", dir},
-		{"", dir + "/gone", dir, dir},
-		{"", dir + "/gone", dir + "/gone", "/"},
-		{"/abs", dir, "/home", "/abs"},
-		{"rel/x", "/ws", "/home", "/ws/rel/x"},
-		{"..", "/ws/a", "/home", "/ws"},
-		{"~", "/ws", "/home/u", "/home/u"},
-		{"~/x", "/ws", "/home/u", "/home/u/x"},
-		{"~x", "/ws", "/home/u", "/ws/~x"},
+	closed := dir + "/closed"
+	for name, mode := range map[string]os.FileMode{"home": 0o755, "image": 0o755, "ws": 0o755, "closed": 0o700, "closed/in": 0o755} {
+		if err := os.MkdirAll(filepath.Join(dir, name), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Above dir everything is open, as in a shed.
+	for d := dir; d != "/"; d = filepath.Dir(d) {
+		if err := os.Chmod(d, 0o755); err != nil {
+			break
+		}
+	}
+	home, image, ws := dir+"/home", dir+"/image", dir+"/ws"
+	other := uint32(os.Getuid()) + 1
+	for _, tt := range []struct {
+		dir   string
+		home  string
+		start []string
+		want  string
+	}{
+		{"", home, nil, home},
+		{"", home, []string{ws, image}, ws},
+		{"", home, []string{dir + "/gone", image}, image},
+		{"", home, []string{closed, image}, image},
+		{"", home, []string{closed + "/in"}, home},
+		{"", dir + "/gone", []string{dir + "/gone"}, "/"},
+		{"/abs", home, []string{ws}, "/abs"},
+		{"rel/x", home, []string{ws, image}, ws + "/rel/x"},
+		{"..", home, []string{ws}, dir},
+		{"~", "/home/u", []string{ws}, "/home/u"},
+		{"~/x", "/home/u", []string{ws}, "/home/u/x"},
+		{"~x", home, []string{ws}, ws + "/~x"},
 	} {
-		if got := workDir(tt.dir, tt.workspace, tt.home); got != tt.want {
-			t.Errorf("workDir(%q, %q, %q) = %q, want %q", tt.dir, tt.workspace, tt.home, got, tt.want)
+		a := &account{home: tt.home, uid: other, gid: other}
+		if got := a.workDir(tt.dir, tt.start...); got != tt.want {
+			t.Errorf("workDir(%q, %q) with the home %s = %q, want %q", tt.dir, tt.start, tt.home, got, tt.want)
+		}
+	}
+	if a := (&account{uid: 0}); !a.mayEnter(closed + "/in") {
+		t.Error("root may not enter a closed directory")
+	}
+	if a := (&account{uid: uint32(os.Getuid())}); !a.mayEnter(closed) {
+		t.Error("the owner may not enter a closed directory")
+	}
+}
+
+func TestStartDirs(t *testing.T) {
+	image := agent.Image{WorkingDir: "/srv"}
+	for _, tt := range []struct {
+		setup     agent.Setup
+		isProgram bool
+		want      []string
+	}{
+		{agent.Setup{}, true, nil},
+		{agent.Setup{Image: image}, true, []string{"/srv"}},
+		{agent.Setup{Image: image}, false, nil},
+		{agent.Setup{Image: image, Workspace: "/ws"}, true, []string{"/ws", "/srv"}},
+		{agent.Setup{Image: image, Workspace: "/ws"}, false, []string{"/ws"}},
+		{agent.Setup{Image: agent.Image{WorkingDir: "/"}}, true, nil},
+		{agent.Setup{Image: agent.Image{WorkingDir: "rel"}}, true, []string{"/rel"}},
+	} {
+		if got := startDirs(tt.setup, tt.isProgram); !slices.Equal(got, tt.want) {
+			t.Errorf("startDirs(%+v, %v) = %q, want %q", tt.setup, tt.isProgram, got, tt.want)
+		}
+	}
+}
+
+func TestUnsigned(t *testing.T) {
+	const mark = "~Module signature appended~\n"
+	signed := func(n byte) string { return "module" + "SIGN" + "12345678" + "\x00\x00\x00" + string(n) + mark }
+	for image, want := range map[string]string{
+		signed(4):        "module",
+		"module":         "module",
+		"":               "",
+		mark:             mark,
+		"short" + mark:   "short" + mark,
+		signed(200):      signed(200), // a length that can't be
+		"a" + mark + "b": "a" + mark + "b",
+	} {
+		if got := unsigned([]byte(image)); string(got) != want {
+			t.Errorf("unsigned(%q) = %q, want %q", image, got, want)
 		}
 	}
 }
@@ -272,7 +340,7 @@ func TestLoginEnvironment(t *testing.T) {
 	count := home + "/count"
 	profile("echo noise; echo noise >&2; echo x >> " + count + "; export MINE='a\nb=c'; PATH=$PATH:/mine; cd /")
 	var l loginEnvs
-	base := a.baseEnv().with("SHED_NAME=box")
+	base := a.baseEnv(nil, false).with("SHED_NAME=box")
 	for range 3 {
 		env := l.get(a, base)
 		if env.get("MINE") != "a\nb=c" || !strings.HasSuffix(env.get("PATH"), ":/mine") || env.get("SHED_NAME") != "box" {
@@ -301,20 +369,5 @@ func TestLoginEnvironment(t *testing.T) {
 	gone := &account{name: "gone", home: home, shell: home + "/none"}
 	if got := l.get(gone, base); !slices.Equal(got, base) {
 		t.Errorf("where there is no shell: %q, want the base", got)
-	}
-}
-
-func TestLookupUser(t *testing.T) {
-	for _, name := range []string{"root", "0"} {
-		a, err := lookupUser(name)
-		if err != nil || a.uid != 0 || a.gid != 0 || a.name != "root" || a.home == "" || a.shell == "" {
-			t.Errorf("lookupUser(%q) = %+v, %v", name, a, err)
-		}
-	}
-	if a, err := lookupUser("no-such-user"); err == nil || !strings.Contains(err.Error(), "no-such-user") {
-		t.Errorf("%+v, %v", a, err)
-	}
-	if a, err := lookupUser("4294967296"); err == nil {
-		t.Errorf("%+v", a)
 	}
 }

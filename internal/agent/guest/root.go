@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,15 +25,18 @@ const (
 	firstLayer  = 2
 )
 
+const (
+	upper        = "/mnt/upper"
+	modulesMount = "/mnt/modules"
+)
+
 // runSetup makes the machine the host's shed. Only the first call does all of it.
 func (m *machine) runSetup(s agent.Setup) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	err := setClock(s.Clock)
 	if m.setup == nil {
-		network := make(chan error, 1)
-		go func() { network <- setupNetwork(s.Network) }()
-		err = errors.Join(err, unix.Sethostname([]byte(s.Hostname)), m.enterRoot(s), <-network)
+		err = errors.Join(err, unix.Sethostname([]byte(s.Hostname)), m.enterRoot(s))
 	}
 	if err != nil {
 		return err
@@ -40,43 +44,64 @@ func (m *machine) runSetup(s agent.Setup) error {
 	first := m.setup == nil
 	m.setup = &s
 	if first {
+		network := make(chan struct{})
+		m.network = network
+		go func() {
+			defer close(network)
+			// Who has no network finds that out, and can look for why in the shed.
+			if err := setupNetwork(s.Network); err != nil {
+				logf("the network: %v", err)
+			}
+		}()
 		go m.warmUp(s)
 	}
 	return nil
 }
 
-// warmUpLimit is how long an init may be kept waiting.
-const warmUpLimit = 2 * time.Second
+// How long an init may be kept waiting for the login shell, and then for commands that are there already.
+const (
+	warmUpLimit  = 2 * time.Second
+	commandLimit = 200 * time.Millisecond
+)
 
-// warmUp asks the default user's login shell for its environment, which the first
-// command needs, before an init competes for the processors.
+// warmUp asks the login shell of whom commands run as for its environment, which the first one
+// needs, before an init competes for the processors.
 func (m *machine) warmUp(s agent.Setup) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if a, err := lookupUser(""); err == nil {
-			m.envs.get(a, a.baseEnv().with(s.Env...))
+		lookup, ofImage := lookupUser, s.Image.User != ""
+		if ofImage {
+			lookup = lookupImageUser
+		}
+		if a, err := lookup(s.Image.User); err == nil {
+			m.envs.get(a, a.baseEnv(s.Image.Env, ofImage).with(s.Env...))
 		}
 	}()
 	select {
 	case <-done:
 	case <-time.After(warmUpLimit):
 	}
+	for end := time.Now().Add(commandLimit); m.commands.Load() > 0 && time.Now().Before(end); {
+		time.Sleep(devicePoll)
+	}
 	m.ready.Close()
 }
 
 // enterRoot assembles the root file system, lets PID 1 switch to it, and follows.
 func (m *machine) enterRoot(s agent.Setup) error {
-	if err := assembleRoot(s.Layers); err != nil {
+	// The kernel would look for a program that loads the driver, again and again.
+	if _, err := io.ReadFull(m.entered, make([]byte, 1)); err != nil {
+		return errors.New("the modules that disks need could not be loaded")
+	}
+	own, err := assembleRoot(s.Layers)
+	if err != nil {
 		return err
 	}
-	if err := mountModules(); err != nil {
-		return fmt.Errorf("mounting the kernel's modules: %w", err)
-	}
-	if err := writeIdentity(s); err != nil {
-		return err
-	}
-	if err := keepTmp(); err != nil {
+	defer own.Close()
+	moved := make(chan error, 1)
+	go func() { moved <- moveModules() }()
+	if err := errors.Join(writeIdentity(s), keepTmp(), <-moved); err != nil {
 		return err
 	}
 	root, err := unix.Open(sysroot, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -92,51 +117,95 @@ func (m *machine) enterRoot(s agent.Setup) error {
 	if err := unix.Fchdir(root); err != nil {
 		return err
 	}
-	return unix.Chroot(".")
+	if err := unix.Chroot("."); err != nil {
+		return err
+	}
+	return prepareOnce(own, s)
 }
 
-// assembleRoot mounts the layers and the upper as one overlay on /sysroot. Nothing but the
-// overlay holds them then, so that unmounting it is all that a clean end needs.
-func assembleRoot(layers int) error {
+// assembleRoot mounts the layers and the upper as one overlay on /sysroot, and the kernel's modules
+// beside it. Nothing but the overlay holds its parts then, so that unmounting it is all that a clean
+// end needs.
+//
+// It returns the upper's own directory, in which the shed's users see nothing.
+func assembleRoot(layers int) (own *os.Root, err error) {
 	if layers < 1 {
-		return errors.New("an image without layers can't be a root file system")
+		return nil, errors.New("an image without layers can't be a root file system")
 	}
-	const upper = "/mnt/upper"
-	// A sparse file is to stay one: what is deleted is given back, and inode tables are not filled in.
-	if err := mountDisk(upperDisk, upper, 0, "discard,noinit_itable"); err != nil {
-		return fmt.Errorf("mounting the upper: %w", err)
-	}
-	mounted := []string{upper}
-	for _, dir := range []string{"upper", "work"} {
-		if err := os.MkdirAll(filepath.Join(upper, dir), 0o755); err != nil {
-			return fmt.Errorf("preparing the upper: %w", err)
+	// All at once: each waits for its disk to be read.
+	errs := make([]error, 2+layers)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		// A sparse file is to stay one: what is deleted is given back, and inode tables are not filled in.
+		if err := mountDisk(upperDisk, upper, 0, "discard,noinit_itable"); err != nil {
+			errs[upperDisk] = fmt.Errorf("mounting the upper: %w", err)
+			return
 		}
-	}
+		for _, dir := range []string{"upper", "work"} {
+			if err := os.MkdirAll(filepath.Join(upper, dir), 0o755); err != nil {
+				errs[upperDisk] = fmt.Errorf("preparing the upper: %w", err)
+			}
+		}
+	})
+	wg.Go(func() {
+		if err := mountDisk(modulesDisk, modulesMount, unix.MS_RDONLY, ""); err != nil {
+			errs[modulesDisk] = fmt.Errorf("mounting the kernel's modules: %w", err)
+		}
+	})
+	mounted := []string{upper}
 	var lower []string
 	for i := range layers {
 		dir := fmt.Sprintf("/mnt/l%d", i)
-		if err := mountDisk(firstLayer+i, dir, unix.MS_RDONLY, ""); err != nil {
-			return fmt.Errorf("mounting layer %d of %d: %w", i+1, layers, err)
-		}
 		mounted = append(mounted, dir)
 		lower = append([]string{dir}, lower...) // overlayfs wants the top first
+		wg.Go(func() {
+			if err := mountDisk(firstLayer+i, dir, unix.MS_RDONLY, ""); err != nil {
+				errs[firstLayer+i] = fmt.Errorf("mounting layer %d of %d: %w", i+1, layers, err)
+			}
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
 	}
 	// With redirect_dir a directory of a lower layer can be renamed, as on any
 	// other file system; without, rename(2) fails with EXDEV.
 	options := "redirect_dir=on,lowerdir=" + strings.Join(lower, ":") +
 		",upperdir=" + upper + "/upper,workdir=" + upper + "/work"
 	if err := os.MkdirAll(sysroot, 0o755); err != nil {
-		return err
+		return nil, err
 	}
 	if err := mountEarly("overlay", sysroot, "overlay", 0, options); err != nil {
-		return fmt.Errorf("mounting the overlay of %d layers: %w", layers, err)
+		return nil, fmt.Errorf("mounting the overlay of %d layers: %w", layers, err)
+	}
+	if own, err = os.OpenRoot(upper); err != nil {
+		return nil, err
 	}
 	for _, dir := range mounted {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			return err
+			return nil, errors.Join(err, own.Close())
 		}
 	}
-	return nil
+	return own, nil
+}
+
+// preparedFile is in the upper's own directory when the image is prepared. It says no more
+// than that, and so it need not be synced: file systems keep the order of such changes.
+const preparedFile = "prepared"
+
+// prepareOnce prepares the image, which is the root file system by now, at the first boot.
+func prepareOnce(own *os.Root, s agent.Setup) error {
+	if _, err := own.Stat(preparedFile); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := prepareImage("/", s.Image, time.Unix(0, s.Clock.UnixNano)); err != nil {
+		return fmt.Errorf("preparing the image: %w", err)
+	}
+	f, err := own.Create(preparedFile)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 // keepTmp keeps systemd from emptying /tmp and from mounting another file system there: when it
@@ -156,16 +225,20 @@ func keepTmp() error {
 	return os.Symlink(os.DevNull, units+"/tmp.mount")
 }
 
-func mountModules() error {
+// moveModules puts the kernel's modules where programs look for them.
+func moveModules() error {
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err != nil {
 		return err
 	}
 	dir, err := inSysroot("/lib/modules/" + unix.ByteSliceToString(uts.Release[:]))
-	if err != nil {
-		return err
+	if err == nil {
+		err = unix.Mount(modulesMount, dir, "", unix.MS_MOVE, "")
 	}
-	return mountDisk(modulesDisk, dir, unix.MS_RDONLY, "")
+	if err != nil {
+		return fmt.Errorf("mounting the kernel's modules: %w", err)
+	}
+	return nil
 }
 
 // inSysroot makes the directory path in the new root and returns where it is from

@@ -29,9 +29,15 @@ type Fake struct {
 	Run func(cmd shed.Command, in *agent.FrameReader, out *agent.FrameWriter) shed.ExitStatus
 	// Log is what Logs returns.
 	Log func(ctx context.Context, follow bool) io.ReadCloser
+	// Archive is what Save writes, instead of the names.
+	Archive func(ctx context.Context, w io.Writer) error
+	// Take reads what Load and Build get, instead of reading it to its end.
+	Take func(ctx context.Context, r io.Reader, p shed.Progress) error
 
 	mu       sync.Mutex
 	sheds    []*shed.Shed
+	images   []*shed.Image
+	built    shed.BuildOptions
 	commands sync.WaitGroup
 }
 
@@ -191,28 +197,4 @@ func (f *Fake) Exec(ctx context.Context, name string, cmd shed.Command) (net.Con
 		}
 	})
 	return host, nil
-}
-
-func (f *Fake) Images(ctx context.Context) ([]*shed.Image, error) {
-	if err := f.begin(ctx, "images", "", nil); err != nil {
-		return nil, err
-	}
-	return []*shed.Image{{
-		Ref: "base", Digest: "sha256:" + strings.Repeat("ab", 32), Size: 207 << 20, CreatedAt: Created,
-		Layers: []shed.Layer{{Digest: "sha256:" + strings.Repeat("cd", 32), DiffID: "sha256:" + strings.Repeat("ef", 32), Size: 121 << 20}},
-	}}, nil
-}
-
-func (f *Fake) BuildPreset(ctx context.Context, preset string, p shed.Progress) (*shed.Image, error) {
-	if err := f.begin(ctx, "build", preset, p); err != nil {
-		return nil, err
-	}
-	if preset != "base" {
-		return nil, shed.Errorf(shed.CodeInvalid, "there is no preset %q", preset)
-	}
-	images, err := f.Images(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return images[0], nil
 }

@@ -133,7 +133,7 @@ func (d *Driver) Running(dir string) bool {
 func (d *Driver) args(spec vm.Spec) []string {
 	escape := strings.NewReplacer(",", ",,")
 	args := []string{
-		"-M", machineType(d.Accel), "-accel", string(d.Accel), "-cpu", d.Accel.cpu(),
+		"-M", machineType(d.Accel), "-accel", d.Accel.option(), "-cpu", d.Accel.cpu(),
 		"-smp", fmt.Sprint(spec.CPUs), "-m", fmt.Sprint(spec.MemoryMB),
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",

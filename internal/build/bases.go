@@ -1,0 +1,205 @@
+package build
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/charliek/shed"
+	"github.com/moby/buildkit/frontend/dockerfile/instructions"
+	"github.com/moby/buildkit/frontend/dockerfile/parser"
+	"github.com/moby/buildkit/frontend/dockerfile/shell"
+)
+
+// bases returns the images that building opts.Target of a Dockerfile, or its last stage, takes: those
+// of FROM, of COPY --from and of RUN --mount=from=, sorted. CodeInvalid says what is wrong with the file, and where.
+func bases(dockerfile []byte, opts shed.BuildOptions) ([]string, error) {
+	g, err := parse(dockerfile, opts)
+	if err != nil {
+		return nil, err
+	}
+	last := len(g.stages) - 1
+	if opts.Target != "" {
+		n, ok := g.stage(opts.Target, len(g.stages))
+		if !ok {
+			return nil, shed.Errorf(shed.CodeInvalid, "the Dockerfile has no stage %q", opts.Target).WithHint("stages: %s", g.names())
+		}
+		last = n
+	}
+	if err := g.visit(last); err != nil {
+		return nil, err
+	}
+	return slices.Sorted(maps.Keys(g.images)), nil
+}
+
+func dockerfileError(err error) error {
+	where := ""
+	var located *parser.LocationError
+	if errors.As(err, &located) && len(located.Locations) > 0 && len(located.Locations[0]) > 0 {
+		if line := located.Locations[0][0].Start.Line; line > 0 {
+			where = fmt.Sprintf(" in line %d", line)
+		}
+	}
+	return shed.Errorf(shed.CodeInvalid, "the Dockerfile is wrong%s: %w", where, err)
+}
+
+// pinned returns the Dockerfile with those of its FROMs replaced that name an image by digest: names has what they are
+// called in the builder. A base that is given to buildah by name alone is found; by digest it is looked
+// for in vain, since the one of a multi-platform index is no image's.
+func pinned(dockerfile []byte, opts shed.BuildOptions, names map[string]string) ([]byte, error) {
+	g, err := parse(dockerfile, opts)
+	if err != nil {
+		return nil, err
+	}
+	lines := bytes.SplitAfter(dockerfile, []byte("\n"))
+	for _, s := range g.stages {
+		ref, err := g.expand(s.BaseName)
+		if err != nil {
+			return nil, err
+		}
+		name, ok := names[ref]
+		if !ok || !strings.Contains(ref, "@") {
+			continue
+		}
+		for _, where := range s.Location {
+			for i := where.Start.Line; i <= where.End.Line; i++ {
+				lines[i-1] = bytes.Replace(lines[i-1], []byte(s.BaseName), []byte(name), 1)
+			}
+		}
+	}
+	return bytes.Join(lines, nil), nil
+}
+
+// graph walks over the stages that a target needs.
+type graph struct {
+	stages []instructions.Stage
+	lex    *shell.Lex
+	args   []string // K=V, of those before the first FROM
+	images map[string]bool
+	seen   map[int]bool
+}
+
+func parse(dockerfile []byte, opts shed.BuildOptions) (*graph, error) {
+	parsed, err := parser.Parse(bytes.NewReader(dockerfile))
+	if err != nil {
+		return nil, dockerfileError(err)
+	}
+	stages, args, err := instructions.Parse(parsed.AST, nil)
+	if err != nil {
+		return nil, dockerfileError(err)
+	}
+	if len(stages) == 0 {
+		return nil, shed.Errorf(shed.CodeInvalid, "the Dockerfile has no FROM")
+	}
+	g := &graph{stages: stages, lex: shell.NewLex(parsed.EscapeToken), images: map[string]bool{}, seen: map[int]bool{}}
+	return g, g.setArgs(args, opts.Args)
+}
+
+// setArgs settles the arguments that FROM may use.
+func (g *graph) setArgs(declared []instructions.ArgCommand, given map[string]string) error {
+	platform := "linux/" + runtime.GOARCH
+	for _, p := range []string{"BUILD", "TARGET"} {
+		g.args = append(g.args, p+"PLATFORM="+platform, p+"OS=linux", p+"ARCH="+runtime.GOARCH)
+	}
+	for _, cmd := range declared {
+		for _, arg := range cmd.Args {
+			value, ok := given[arg.Key]
+			if !ok && arg.Value != nil {
+				var err error
+				if value, err = g.expand(*arg.Value); err != nil {
+					return err
+				}
+				ok = true
+			}
+			if ok {
+				g.args = append(g.args, arg.Key+"="+value)
+			}
+		}
+	}
+	return nil
+}
+
+func (g *graph) expand(word string) (string, error) {
+	out, err := g.lex.ProcessWordWithMatches(word, shell.EnvsFromSlice(g.args))
+	if err != nil {
+		return "", shed.Errorf(shed.CodeInvalid, "the Dockerfile's %q: %w", word, err)
+	}
+	return out.Result, nil
+}
+
+// stage finds a stage before the given one by its name or, as COPY --from may, its number.
+func (g *graph) stage(name string, before int) (int, bool) {
+	for i, s := range g.stages[:before] {
+		if strings.EqualFold(s.Name, name) && name != "" {
+			return i, true
+		}
+	}
+	if n, err := strconv.Atoi(name); err == nil && n >= 0 && n < before {
+		return n, true
+	}
+	return 0, false
+}
+
+func (g *graph) names() string {
+	var names []string
+	for _, s := range g.stages {
+		if s.Name != "" {
+			names = append(names, s.Name)
+		}
+	}
+	if len(names) == 0 {
+		return "none has a name: write FROM ... AS NAME"
+	}
+	return strings.Join(names, ", ")
+}
+
+func (g *graph) visit(n int) error {
+	if g.seen[n] {
+		return nil
+	}
+	g.seen[n] = true
+	s := g.stages[n]
+	if err := g.need(s.BaseName, n); err != nil {
+		return err
+	}
+	for _, cmd := range s.Commands {
+		switch cmd := cmd.(type) {
+		case *instructions.CopyCommand:
+			if err := g.need(cmd.From, n); err != nil {
+				return err
+			}
+		case *instructions.RunCommand:
+			for _, m := range instructions.GetMounts(cmd) {
+				if err := g.need(m.From, n); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// need notes what stage n takes from: another stage, or an image.
+func (g *graph) need(from string, n int) error {
+	name, err := g.expand(from)
+	if err != nil {
+		return err
+	}
+	switch i, ok := g.stage(name, n); {
+	case ok:
+		return g.visit(i)
+	case name == "":
+		if from != "" {
+			return shed.Errorf(shed.CodeInvalid, "the Dockerfile takes from %q, which is empty", from).
+				WithHint("give the argument with --build-arg, or a default: ARG NAME=VALUE before the first FROM")
+		}
+	case name != "scratch":
+		g.images[name] = true
+	}
+	return nil
+}

@@ -1,0 +1,231 @@
+package build
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/agent"
+)
+
+// run runs the commands of one build in the builder, as root.
+type run struct {
+	ctx   context.Context
+	sheds shed.Sheds
+	dir   string // of the build's files, in the builder
+}
+
+// run runs a command. The error of one that fails has the end of what it said.
+func (r run) run(stdin io.Reader, stdout io.Writer, args ...string) error {
+	if stdout == nil {
+		stdout = io.Discard
+	}
+	said := &lines{}
+	status, err := r.stream(stdin, stdout, said.writer(), args...)
+	if err != nil {
+		return err
+	}
+	if status.Code != 0 {
+		return shed.Errorf(shed.CodeInternal, "%s in shed %s: exit status %d: %s%s", args[0], Shed, status.Code, status.Error, said.last())
+	}
+	return nil
+}
+
+// stream runs a command and returns how it ended, with all that it wrote copied. A stdin that fails ends the command.
+func (r run) stream(stdin io.Reader, stdout, stderr io.Writer, args ...string) (shed.ExitStatus, error) {
+	conn, err := r.sheds.Exec(r.ctx, Shed, shed.Command{Args: args, User: "root", Dir: "/"})
+	if err != nil {
+		return shed.ExitStatus{}, err
+	}
+	stop := context.AfterFunc(r.ctx, func() { conn.Close() })
+	defer stop()
+	p := agent.NewProcess(conn)
+	defer p.Close()
+	var wg sync.WaitGroup
+	var outErr, errErr error
+	wg.Go(func() { _, outErr = io.Copy(stdout, p.Stdout()) })
+	wg.Go(func() { _, errErr = io.Copy(stderr, p.Stderr()) })
+	var inErr error
+	if stdin != nil {
+		in := &source{Reader: stdin}
+		io.Copy(p.Stdin(), in) // a command may well end before it has read all
+		if in.err != nil {
+			inErr = in.err
+			p.Close() // a half must not look like the whole
+		}
+	}
+	p.Stdin().Close()
+	wg.Wait()
+	status, err := p.Wait()
+	if r.ctx.Err() != nil {
+		return status, r.ctx.Err()
+	}
+	if inErr != nil {
+		return status, inErr
+	}
+	return status, errors.Join(err, outErr, errErr)
+}
+
+// source remembers the error of its Reader.
+type source struct {
+	io.Reader
+	err error
+}
+
+func (s *source) Read(b []byte) (int, error) {
+	n, err := s.Reader.Read(b)
+	if err != nil && !errors.Is(err, io.EOF) {
+		s.err = err
+	}
+	return n, err
+}
+
+func (r run) write(content io.Reader, file string) error {
+	return r.run(content, nil, "sh", "-c", `cat >"$1"`, "sh", file)
+}
+
+// read copies a file, whose size is limited, to w.
+func (r run) read(file string, limit int64, w io.Writer) error {
+	return r.run(nil, &limitedWriter{w: w, left: limit}, "cat", file)
+}
+
+type limitedWriter struct {
+	w    io.Writer
+	left int64
+}
+
+func (l *limitedWriter) Write(b []byte) (int, error) {
+	if l.left -= int64(len(b)); l.left < 0 {
+		return 0, errors.New("the file is too large")
+	}
+	return l.w.Write(b)
+}
+
+func (r run) readJSON(file string, v any) error {
+	var b bytes.Buffer
+	if err := r.read(file, maxJSON, &b); err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b.Bytes(), v); err != nil {
+		return fmt.Errorf("%s in shed %s: %w", file, Shed, err)
+	}
+	return nil
+}
+
+// open reads a file as it comes. A reader that is closed early ends the command that sends it.
+func (r run) open(ctx context.Context, file string) io.ReadCloser {
+	ctx, cancel := context.WithCancel(ctx)
+	pr, pw := io.Pipe()
+	f := &remoteFile{PipeReader: pr, cancel: cancel, done: make(chan struct{})}
+	r.ctx = ctx
+	go func() {
+		defer close(f.done)
+		pw.CloseWithError(r.run(nil, pw, "cat", file))
+	}()
+	return f
+}
+
+type remoteFile struct {
+	*io.PipeReader
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+func (f *remoteFile) Close() error {
+	f.cancel()
+	f.PipeReader.Close()
+	<-f.done
+	return nil
+}
+
+// bytesRead reports as progress of a phase how much of r was read.
+func bytesRead(r io.Reader, phase string, p shed.Progress) io.Reader {
+	return &counted{Reader: r, report: func(n int64) { p.Report(shed.Event{Phase: phase, Current: n, Unit: "bytes"}) }}
+}
+
+type counted struct {
+	io.Reader
+	n, reported int64
+	report      func(int64)
+}
+
+func (c *counted) Read(b []byte) (int, error) {
+	const step = 4 << 20
+	n, err := c.Reader.Read(b)
+	c.n += int64(n)
+	if c.n-c.reported >= step {
+		c.reported = c.n
+		c.report(c.n)
+	}
+	return n, err
+}
+
+// lines splits what its writers get into lines, reports them, and remembers the last.
+type lines struct {
+	report func(string) // may be nil
+
+	writers []*lineWriter
+
+	mu   sync.Mutex
+	tail []string
+}
+
+// writer returns the writer of one stream.
+func (l *lines) writer() io.Writer {
+	w := &lineWriter{to: l}
+	l.writers = append(l.writers, w)
+	return w
+}
+
+func (l *lines) add(line string) {
+	const most = 12
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.report != nil {
+		l.report(line)
+	}
+	l.tail = append(l.tail, line)
+	if len(l.tail) > most {
+		l.tail = l.tail[1:]
+	}
+}
+
+// last returns the last lines, once nothing is written any more.
+func (l *lines) last() string {
+	for _, w := range l.writers {
+		w.Write([]byte("\n"))
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Join(l.tail, "\n")
+}
+
+type lineWriter struct {
+	to      *lines
+	partial []byte
+}
+
+// Write takes a carriage return for the end of a line too, as progress meters write it.
+func (w *lineWriter) Write(b []byte) (int, error) {
+	const longest = 64 << 10
+	w.partial = append(w.partial, b...)
+	for {
+		i := bytes.IndexAny(w.partial, "\r\n")
+		if i < 0 && len(w.partial) > longest {
+			i = longest
+		}
+		if i < 0 {
+			return len(b), nil
+		}
+		if line := strings.TrimSpace(string(w.partial[:i])); line != "" {
+			w.to.add(line)
+		}
+		w.partial = w.partial[i+1:]
+	}
+}
