@@ -148,9 +148,12 @@ func (a *attachment) feed(pass bool) {
 	stdin.Close()
 }
 
+// lastSignal is the signal that lets a command go which did not end on those before: its machine may be frozen.
+const lastSignal = 3
+
 // forwardSignals passes signals and sizes on to the command until stop is
 // called. In a terminal, keys make the command's signals; one that comes from
-// elsewhere lets the command go, and stop returns it.
+// elsewhere lets the command go, as any third one does, and stop returns it.
 func (a *attachment) forwardSignals() (stop func() os.Signal) {
 	resized := make(chan os.Signal, 1)
 	if a.tty {
@@ -158,17 +161,19 @@ func (a *attachment) forwardSignals() (stop func() os.Signal) {
 	}
 	quit, done := make(chan struct{}), make(chan struct{})
 	var ended os.Signal
+	var sending sync.WaitGroup // each may be stuck until the command is let go
 	go func() {
 		defer close(done)
-		for {
+		defer sending.Wait()
+		for count := 0; ; {
 			select {
 			case <-resized:
 				if size, ok := a.windowSize(); ok {
-					a.p.Resize(size)
+					sending.Go(func() { a.p.Resize(size) })
 				}
 			case sig := <-a.caught:
-				if !a.tty {
-					a.p.Signal(signals[sig])
+				if count++; !a.tty && count < lastSignal {
+					sending.Go(func() { a.p.Signal(signals[sig]) })
 				} else if ended == nil {
 					ended = sig
 					a.p.Close()

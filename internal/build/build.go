@@ -15,6 +15,7 @@ import (
 	"maps"
 	"path"
 	"slices"
+	"strings"
 
 	"github.com/charliek/shed"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -66,7 +67,7 @@ func New(sheds shed.Sheds, images Images) *Builder {
 }
 
 // Build builds an image as shed.Images says; it waits until no other build runs. It reports the phases of making
-// and starting the shed, and "context", "base", "build", "export" and "layer".
+// and starting the shed, and "context", "base", "build" and "layer".
 func (b *Builder) Build(ctx context.Context, opts shed.BuildOptions, buildContext io.Reader, p shed.Progress) (img *shed.Image, err error) {
 	select {
 	case <-b.turn:
@@ -201,44 +202,50 @@ func (r run) bud(opts shed.BuildOptions, file, contextDir, name string, bases ma
 		args = append(args, "--no-cache")
 	}
 	done := p.Phase("build", "building "+opts.Tag)
-	say := &lines{report: func(line string) { p.Report(shed.Event{Phase: "build", Message: line}) }}
+	known := []string{name, opts.Tag}
+	for ref, name := range bases {
+		known = append(known, name, ref)
+	}
+	readable := strings.NewReplacer(known...)
+	say := &lines{report: func(line string) { p.Report(shed.Event{Phase: "build", Message: readable.Replace(line)}) }}
 	status, err := r.stream(nil, say.writer(), say.writer(), append(args, contextDir)...)
 	if err != nil {
 		return err
 	}
 	if status.Code != 0 {
-		return shed.Errorf(shed.CodeCommand, "the build failed: %s%s", status.Error, say.last())
+		return shed.Errorf(shed.CodeCommand, "the build failed: %s%s", status.Error, readable.Replace(say.last()))
 	}
 	done()
 	return nil
 }
 
-// fetch makes an image here of the builder's, and tags it. Layers come uncompressed: those that are
-// here already keep the blobs that they have, and the others get one as all layers made here do.
+// fetch makes an image here of the builder's, and tags it. Only layers that aren't here yet come, uncompressed.
 func (b *Builder) fetch(r run, name, tag string, p shed.Progress) (*shed.Image, error) {
-	out := path.Join(r.dir, "out")
-	exported := p.Phase("export", "exporting the image")
-	if err := r.run(nil, nil, "buildah", "push", "-q", "--disable-compression", name, "oci:"+out); err != nil {
+	var config, layers bytes.Buffer
+	if err := r.run(nil, &limitedWriter{w: &config, left: maxJSON}, "buildah", "inspect", "--type", "image", "--format", "{{.Config}}", name); err != nil {
 		return nil, err
 	}
-	exported()
-	blob := func(h v1.Hash) string { return path.Join(out, "blobs", h.Algorithm, h.Hex) }
-	var index v1.IndexManifest
-	var manifest v1.Manifest
-	var config json.RawMessage
-	if err := r.readJSON(path.Join(out, "index.json"), &index); err != nil {
+	if err := r.read(layersFile, maxJSON, &layers); err != nil {
 		return nil, err
 	}
-	if len(index.Manifests) != 1 {
-		return nil, shed.Errorf(shed.CodeInternal, "buildah wrote %d images where one was asked for", len(index.Manifests))
+	var known []storedLayer
+	if err := json.Unmarshal(layers.Bytes(), &known); err != nil {
+		return nil, fmt.Errorf("%s in shed %s: %w", layersFile, Shed, err)
 	}
-	if err := r.readJSON(blob(index.Manifests[0].Digest), &manifest); err != nil {
-		return nil, err
+	ids := map[string]string{}
+	for _, l := range known {
+		ids[l.DiffID] = l.ID
 	}
-	if err := r.readJSON(blob(manifest.Config.Digest), &config); err != nil {
-		return nil, err
-	}
-	return b.images.Assemble(r.ctx, config, tag, func(ctx context.Context, diffID v1.Hash) io.ReadCloser {
-		return r.open(ctx, blob(diffID)) // uncompressed, its digest is the diff ID
+	return b.images.Assemble(r.ctx, bytes.TrimSuffix(config.Bytes(), []byte("\n")), tag, func(ctx context.Context, diffID v1.Hash) io.ReadCloser {
+		return r.open(ctx, "containers-storage", "diff", "--uncompressed", ids[diffID.String()])
 	}, p)
+}
+
+// layersFile lists the layers that the builder has.
+const layersFile = "/var/lib/containers/storage/overlay-layers/layers.json"
+
+// storedLayer is an entry there: see Layer in github.com/containers/storage.
+type storedLayer struct {
+	ID     string `json:"id"`
+	DiffID string `json:"diff-digest"`
 }

@@ -3,9 +3,7 @@ package build
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"strings"
 	"sync"
@@ -107,40 +105,29 @@ func (l *limitedWriter) Write(b []byte) (int, error) {
 	return l.w.Write(b)
 }
 
-func (r run) readJSON(file string, v any) error {
-	var b bytes.Buffer
-	if err := r.read(file, maxJSON, &b); err != nil {
-		return err
-	}
-	if err := json.Unmarshal(b.Bytes(), v); err != nil {
-		return fmt.Errorf("%s in shed %s: %w", file, Shed, err)
-	}
-	return nil
-}
-
-// open reads a file as it comes. A reader that is closed early ends the command that sends it.
-func (r run) open(ctx context.Context, file string) io.ReadCloser {
+// open runs a command and yields its output as it comes. Closing the reader early ends the command.
+func (r run) open(ctx context.Context, args ...string) io.ReadCloser {
 	ctx, cancel := context.WithCancel(ctx)
 	pr, pw := io.Pipe()
-	f := &remoteFile{PipeReader: pr, cancel: cancel, done: make(chan struct{})}
+	o := &output{PipeReader: pr, cancel: cancel, done: make(chan struct{})}
 	r.ctx = ctx
 	go func() {
-		defer close(f.done)
-		pw.CloseWithError(r.run(nil, pw, "cat", file))
+		defer close(o.done)
+		pw.CloseWithError(r.run(nil, pw, args...))
 	}()
-	return f
+	return o
 }
 
-type remoteFile struct {
+type output struct {
 	*io.PipeReader
 	cancel context.CancelFunc
 	done   chan struct{}
 }
 
-func (f *remoteFile) Close() error {
-	f.cancel()
-	f.PipeReader.Close()
-	<-f.done
+func (o *output) Close() error {
+	o.cancel()
+	o.PipeReader.Close()
+	<-o.done
 	return nil
 }
 
@@ -184,7 +171,7 @@ func (l *lines) writer() io.Writer {
 }
 
 func (l *lines) add(line string) {
-	const most = 12
+	const most = 6
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.report != nil {

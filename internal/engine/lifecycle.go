@@ -417,11 +417,7 @@ func (e *Engine) stop(ctx context.Context, en *entry, p shed.Progress) error {
 		}
 		return err
 	}
-	reason := ""
-	if forced {
-		reason = fmt.Sprintf("it did not shut down within %v and was ended by force", stopGrace)
-	}
-	e.set(en, shed.StatusStopped, reason)
+	e.set(en, shed.StatusStopped, forced)
 	return nil
 }
 

@@ -74,7 +74,7 @@ var debian = recipe{
 }
 
 // builder is what builds from Dockerfiles run in, as root and without systemd.
-var builder = recipe{packages: []string{"buildah", "ca-certificates"}, hook: builderHook}
+var builder = recipe{packages: []string{"buildah", "ca-certificates", "containers-storage"}, hook: builderHook}
 
 // extensions prepares the place of what answers programs in a shed with credentials that stay outside: its sockets are
 // in /run/shed, which the user can enter. A socket is pointed to only while it is there, and never in

@@ -14,9 +14,9 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
 	"github.com/charliek/shed/internal/vm"
 )
@@ -42,43 +42,75 @@ func Start(program, dir string, cfg Config) (*Client, error) {
 	if err := os.Remove(filepath.Join(dir, exitFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	b, err := json.MarshalIndent(cfg, "", "  ")
-	if err != nil {
-		return nil, err
-	}
-	if err := renameio.WriteFile(filepath.Join(run, configFile), b, 0o600); err != nil {
-		return nil, err
-	}
-	return spawn(program, dir, l)
+	return spawn(record{Config: cfg, Program: program}, dir, l)
 }
 
-// Resume starts a keeper for a machine that runs without one, with the same configuration.
-// It returns ErrNotRunning where no machine runs.
+// Resume starts a keeper for a machine that runs without one, with the same configuration, or returns
+// the one that somebody else has started for it. It returns ErrNotRunning where no machine runs.
 func Resume(ctx context.Context, program, dir string, driver vm.Driver) (*Client, error) {
 	run := filepath.Join(dir, RunDir)
 	if _, err := os.Stat(run); err != nil {
 		return nil, ErrNotRunning
 	}
 	l, err := lock(run)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return &Client{run}, nil
+	}
 	if err != nil {
-		return nil, fmt.Errorf("the shed already has a keeper: %w", err)
+		return nil, err
 	}
 	defer l.Close()
 	if !driver.Running(run) {
 		return nil, ErrNotRunning
 	}
-	return spawn(program, dir, l)
+	rec, err := readRecord(run)
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // without one the keeper ends, and its log says why
+		return nil, err
+	}
+	rec.Program, rec.Found = program, true
+	return spawn(rec, dir, l)
 }
 
-func spawn(program, dir string, lock *os.File) (*Client, error) {
+// replace ends a keeper that doesn't answer, and starts another one unless the machine has ended. It may
+// be that somebody else does this first.
+func (c *Client) replace() error {
+	if err := killKeeper(c.run); err != nil {
+		return err
+	}
+	l, err := lock(c.run)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	dir := filepath.Dir(c.run)
+	if _, ended := LastExit(dir); ended {
+		return nil
+	}
+	rec, err := readRecord(c.run)
+	if err != nil {
+		return err
+	}
+	rec.Found = true
+	_, err = spawn(rec, dir, l)
+	return err
+}
+
+// spawn starts a keeper in dir, which inherits the lock.
+func spawn(rec record, dir string, lock *os.File) (*Client, error) {
 	run := filepath.Join(dir, RunDir)
+	if err := rec.write(run); err != nil {
+		return nil, err
+	}
 	log, err := os.OpenFile(filepath.Join(run, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
 	os.Remove(filepath.Join(run, socketFile))
-	cmd := exec.Command(program, "keep", dir)
+	cmd := exec.Command(rec.Program, "keep", dir)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.ExtraFiles = []*os.File{lock} // lockFD
@@ -102,14 +134,7 @@ func Find(dir string) (*Client, error) {
 }
 
 // alive tells whether somebody holds the keeper's lock.
-func (c *Client) alive() bool {
-	f, err := os.Open(filepath.Join(c.run, lockFile))
-	if err != nil {
-		return false
-	}
-	defer f.Close()
-	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
-}
+func (c *Client) alive() bool { return locked(c.run) }
 
 // dial connects to the keeper, which may only just have been started.
 func (c *Client) dial(ctx context.Context) (net.Conn, error) {
@@ -123,7 +148,7 @@ func (c *Client) dial(ctx context.Context) (net.Conn, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, context.Cause(ctx)
 		case <-time.After(time.Millisecond):
 		}
 	}
@@ -141,7 +166,7 @@ func (c *Client) call(ctx context.Context, req request) (net.Conn, reply, error)
 		err = agent.ReadMessage(conn, &r)
 	}
 	if !stop() && ctx.Err() != nil {
-		err = ctx.Err()
+		err = context.Cause(ctx)
 	} else if err != nil {
 		err = fmt.Errorf("the keeper has gone: %w", errors.Join(ErrNotRunning, err))
 	} else if r.Error != "" {
@@ -173,24 +198,74 @@ func (c *Client) Watch(ctx context.Context) (Exit, error) {
 	return *r.Exit, nil
 }
 
+// answerTimeout is how long a keeper may take to answer, and to end once its machine has. It is far
+// more than it needs.
+const answerTimeout = 10 * time.Second
+
+var errNoAnswer = fmt.Errorf("the shed's keeper does not answer within %v", answerTimeout)
+
 // Stop shuts the shed down, by force if it takes longer than grace, and waits for the
-// keeper's end.
-func (c *Client) Stop(ctx context.Context, grace time.Duration) (forced bool, err error) {
-	conn, r, err := c.call(ctx, request{Stop: &stop{Grace: grace}})
-	if err != nil && !errors.Is(err, ErrNotRunning) {
-		return false, err
+// keeper's end. It returns why force was needed, "" where it wasn't. A keeper that
+// doesn't answer or is killed is replaced, and the next one stops the shed.
+func (c *Client) Stop(ctx context.Context, grace time.Duration) (forced string, err error) {
+	forced, err = c.stop(ctx, grace)
+	if errors.Is(err, errNoAnswer) || errors.Is(err, ErrNotRunning) {
+		if rerr := c.replace(); rerr != nil {
+			return "", fmt.Errorf("%w; it can't be replaced: %w", err, rerr)
+		}
+		forced, err = c.stop(ctx, grace)
 	}
+	if errors.Is(err, ErrNotRunning) {
+		return "", nil
+	}
+	if errors.Is(err, errNoAnswer) {
+		err = shed.Errorf(shed.CodeInternal, "%w", err).WithHint("the server may be overloaded: try again when it is not")
+	}
+	return forced, err
+}
+
+// stop is Stop with the keeper that there is. It returns errNoAnswer if that doesn't answer, and
+// ErrNotRunning if there is none, or none any more.
+func (c *Client) stop(ctx context.Context, grace time.Duration) (forced string, err error) {
+	if err := c.ping(ctx); err != nil {
+		return "", err
+	}
+	timed, cancel := context.WithTimeoutCause(ctx, grace+answerTimeout, errNoAnswer)
+	defer cancel()
+	conn, r, err := c.call(timed, request{Stop: &stop{Grace: grace}})
+	if err != nil {
+		return "", err
+	}
+	conn.Close()
+	return r.Forced, c.waitEnd(ctx)
+}
+
+// ping returns nil if the keeper answers, whatever it says.
+func (c *Client) ping(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, errNoAnswer)
+	defer cancel()
+	conn, r, err := c.call(ctx, request{Ping: true})
 	if conn != nil {
 		conn.Close()
 	}
+	if r.Error != "" {
+		return nil
+	}
+	return err
+}
+
+// waitEnd returns when no keeper runs.
+func (c *Client) waitEnd(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, errNoAnswer)
+	defer cancel()
 	for c.alive() {
 		select {
 		case <-ctx.Done():
-			return r.Forced, ctx.Err()
+			return context.Cause(ctx)
 		case <-time.After(time.Millisecond):
 		}
 	}
-	return r.Forced, nil
+	return nil
 }
 
 // Open returns a stream to the shed's agent.

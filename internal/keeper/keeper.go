@@ -34,6 +34,7 @@ const (
 	socketFile = "keeper.sock"
 	logFile    = "keeper.log"
 	exitFile   = "exit.json"
+	upFile     = "up" // there is one while the machine that runs has come up
 )
 
 // Config is what a keeper is started with.
@@ -48,6 +49,34 @@ type Config struct {
 	BootTimeout time.Duration `json:"boot_timeout"`
 }
 
+// record is what a keeper finds in its directory.
+type record struct {
+	Config
+	Program string `json:"program"` // that keepers are run as: program "keep DIR"
+	Found   bool   `json:"found"`   // the machine runs already: none is started
+}
+
+func readRecord(run string) (record, error) {
+	var r record
+	file := filepath.Join(run, configFile)
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return r, err
+	}
+	if err := json.Unmarshal(b, &r); err != nil {
+		return r, fmt.Errorf("%s: %w", file, err)
+	}
+	return r, nil
+}
+
+func (r record) write(run string) error {
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	return renameio.WriteFile(filepath.Join(run, configFile), b, 0o600)
+}
+
 // Exit is how a shed's run ended.
 type Exit struct {
 	vm.Exit
@@ -58,20 +87,22 @@ type Exit struct {
 // keeper is the process's state.
 type keeper struct {
 	dir    string // the run directory, which is the working directory too
-	cfg    Config
+	cfg    record
 	driver vm.Driver
 	log    *slog.Logger
 
 	ready chan struct{} // closed when the agent answers, or booting has failed
 	ended chan struct{} // closed when exit is set
 
-	mu       sync.Mutex
-	machine  vm.Machine
-	client   *agent.Client
-	bootErr  error
-	setupErr error
-	asked    bool
-	exit     Exit
+	mu        sync.Mutex
+	machine   vm.Machine
+	client    *agent.Client
+	agentGone time.Time // when the agent of a machine that was up was found to have ended, or 0
+	bootErr   error
+	setupErr  error
+	asked     bool // to end the machine
+	force     bool // to do so at once
+	exit      Exit
 }
 
 // Run is the keeper of the shed in dir until its machine has ended. newDriver makes the driver
@@ -84,18 +115,15 @@ func Run(ctx context.Context, dir string, newDriver func(Config) (vm.Driver, err
 	if err := os.Chdir(run); err != nil {
 		return err
 	}
-	b, err := os.ReadFile(configFile)
+	cfg, err := readRecord(".")
 	if err != nil {
 		return err
 	}
 	k := &keeper{
-		dir: run, log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
+		dir: run, cfg: cfg, log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		ready: make(chan struct{}), ended: make(chan struct{}),
 	}
-	if err := json.Unmarshal(b, &k.cfg); err != nil {
-		return fmt.Errorf("%s: %w", configFile, err)
-	}
-	if k.driver, err = newDriver(k.cfg); err != nil {
+	if k.driver, err = newDriver(cfg.Config); err != nil {
 		return err
 	}
 	if err := os.Remove(socketFile); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -106,7 +134,9 @@ func Run(ctx context.Context, dir string, newDriver func(Config) (vm.Driver, err
 		return err
 	}
 	var serving sync.WaitGroup
-	serving.Go(func() { k.serve(listener, &serving) })
+	serveCtx, cutOff := context.WithCancel(context.Background())
+	defer cutOff()
+	serving.Go(func() { k.serve(serveCtx, listener, &serving) })
 
 	exit := k.keep(ctx)
 	exit.At = time.Now().UTC()
@@ -120,9 +150,14 @@ func Run(ctx context.Context, dir string, newDriver func(Config) (vm.Driver, err
 	k.mu.Unlock()
 	close(k.ended)
 	listener.Close()
+	// Somebody who doesn't read must not keep the keeper from ending.
+	defer time.AfterFunc(linger, cutOff).Stop()
 	serving.Wait()
 	return nil
 }
+
+// linger is how long the last of a stream may take to be read once the machine has ended.
+const linger = 2 * time.Second
 
 // keep runs the machine, again after each reboot, until it has ended.
 func (k *keeper) keep(ctx context.Context) Exit {
@@ -136,8 +171,18 @@ func (k *keeper) keep(ctx context.Context) Exit {
 	if err != nil && !errors.Is(err, vm.ErrNotRunning) {
 		return k.failed(err)
 	}
+	if !found && k.cfg.Found {
+		k.setReady(errNotFound)
+		return Exit{Exit: vm.Exit{Cause: vm.Killed, Detail: errNotFound.Error()}, Asked: k.isAsked()}
+	}
 	for retried := false; ; {
 		if !found {
+			if k.isAsked() {
+				return k.failed(errors.New("it was stopped before its machine was started"))
+			}
+			if err := os.Remove(upFile); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return k.failed(err)
+			}
 			if m, err = k.driver.Start(ctx, k.dir, k.cfg.Spec); err != nil {
 				return k.failed(err)
 			}
@@ -162,14 +207,17 @@ func (k *keeper) keep(ctx context.Context) Exit {
 	}
 }
 
+var errNotFound = errors.New("it ended while it had no keeper")
+
 // run sees one machine through: up says whether its agent ever answered.
 func (k *keeper) run(ctx context.Context, m vm.Machine, nw *network.Network, found bool) (exit vm.Exit, up bool) {
 	k.mu.Lock()
 	k.machine = m
-	asked := k.asked
+	k.agentGone = time.Time{}
+	force := k.force
 	k.mu.Unlock()
-	if asked { // before there was a machine to end
-		m.Kill()
+	if force { // asked for before there was a machine to end
+		k.kill(m)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
@@ -179,6 +227,11 @@ func (k *keeper) run(ctx context.Context, m vm.Machine, nw *network.Network, fou
 	wg.Go(func() { k.trimConsole(ctx) })
 
 	booted := make(chan struct{})
+	if _, err := os.Stat(upFile); found && err == nil {
+		// It may be long until its agent answers, or its agent may have ended: what runs there goes on.
+		close(booted)
+		k.setReady(nil)
+	}
 	var timedOut bool
 	wg.Go(func() {
 		select {
@@ -188,14 +241,14 @@ func (k *keeper) run(ctx context.Context, m vm.Machine, nw *network.Network, fou
 			k.mu.Lock()
 			timedOut = true
 			k.mu.Unlock()
-			m.Kill()
+			k.kill(m)
 		}
 	})
 	wg.Go(func() { k.serveLink(ctx, m, found, booted) })
 	exit, err := m.Wait(ctx)
 	if err != nil {
 		exit = vm.Exit{Cause: vm.Killed, Detail: "the keeper was told to end"}
-		m.Kill()
+		k.kill(m)
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -207,6 +260,12 @@ func (k *keeper) run(ctx context.Context, m vm.Machine, nw *network.Network, fou
 		return exit, true
 	default:
 		return exit, false
+	}
+}
+
+func (k *keeper) kill(m vm.Machine) {
+	if err := m.Kill(); err != nil {
+		k.log.Error("killing the machine", "err", err)
 	}
 }
 
@@ -237,73 +296,6 @@ func (k *keeper) serveNetwork(ctx context.Context, m vm.Machine, nw *network.Net
 		}
 	}
 }
-
-// serveLink keeps the link to the agent. After the first time the guest may be in the middle of a session.
-func (k *keeper) serveLink(ctx context.Context, m vm.Machine, resync bool, booted chan<- struct{}) {
-	for first := true; ctx.Err() == nil; first = false {
-		client, err := k.connectAgent(ctx, m, resync || !first)
-		if err != nil {
-			var setup setupError
-			if errors.As(err, &setup) && booted != nil {
-				// The agent is there and can't make the machine the shed: waiting doesn't help.
-				k.mu.Lock()
-				k.setupErr = setup
-				k.mu.Unlock()
-				m.Kill()
-				return
-			}
-			if ctx.Err() == nil {
-				k.log.Warn("the link to the agent", "err", err)
-				sleep(ctx, 100*time.Millisecond)
-			}
-			continue
-		}
-		k.mu.Lock()
-		k.client = client
-		k.mu.Unlock()
-		if booted != nil {
-			close(booted)
-			booted = nil
-			k.setReady(nil)
-		}
-		select {
-		case <-client.Done():
-		case <-ctx.Done():
-		}
-		client.Close()
-		k.mu.Lock()
-		k.client = nil
-		k.mu.Unlock()
-	}
-}
-
-func (k *keeper) connectAgent(ctx context.Context, m vm.Machine, resync bool) (*agent.Client, error) {
-	conn, err := m.DialLink(ctx)
-	if err != nil {
-		return nil, err
-	}
-	client, err := agent.Connect(ctx, conn, resync)
-	if err != nil {
-		return nil, err
-	}
-	setup := k.cfg.Setup
-	setup.Clock = agent.Clock{UnixNano: time.Now().UnixNano()}
-	stream, err := client.Open(ctx)
-	if err == nil {
-		err = agent.Call(ctx, stream, agent.Request{Setup: &setup})
-	}
-	if err != nil {
-		client.Close()
-		return nil, setupError{err}
-	}
-	stream.Close()
-	return client, nil
-}
-
-// setupError is what the agent says went wrong in making the machine the shed.
-type setupError struct{ error }
-
-func (e setupError) Unwrap() error { return e.error }
 
 // A console that a guest writes to without end must not fill the host's disk.
 const maxConsole = 16 << 20
@@ -352,30 +344,4 @@ func (k *keeper) isAsked() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.asked
-}
-
-// lockFD is the descriptor of the lock in a keeper.
-const lockFD = 3
-
-const lockPatience = 2 * time.Second
-
-// lock takes the lock on a run directory. It is held by whoever has the file open: the
-// server while it starts a keeper, and then the keeper, which inherits it.
-func lock(run string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(run, lockFile), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	// A keeper that is killed lets go of the lock only after its sockets, and who looks
-	// for a keeper holds it for a moment.
-	for deadline := time.Now().Add(lockPatience); ; time.Sleep(time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return f, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(deadline) {
-			f.Close()
-			return nil, err
-		}
-	}
 }

@@ -5,6 +5,7 @@ package keeper
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"sync"
 	"time"
@@ -15,6 +16,7 @@ import (
 // request is the first message on a connection to a keeper, in the form of the agent's
 // messages. Exactly one field is set; each is answered with a reply.
 type request struct {
+	Ping  bool  `json:"ping,omitempty"`  // answered at once
 	Ready bool  `json:"ready,omitempty"` // answered when the shed is up, or has failed to be
 	Watch bool  `json:"watch,omitempty"` // answered when the machine has ended
 	Open  bool  `json:"open,omitempty"`  // after the reply, the connection is a stream to the agent
@@ -30,10 +32,12 @@ type stop struct {
 type reply struct {
 	Error  string `json:"error,omitempty"`
 	Exit   *Exit  `json:"exit,omitempty"`
-	Forced bool   `json:"forced,omitempty"`
+	Forced string `json:"forced_because,omitempty"` // why a Stop ended the machine by force
 }
 
-func (k *keeper) serve(l net.Listener, wg *sync.WaitGroup) {
+// serve answers requests until l is closed, with a goroutine of wg for each. When ctx is done,
+// all connections are closed.
+func (k *keeper) serve(ctx context.Context, l net.Listener, wg *sync.WaitGroup) {
 	for {
 		conn, err := l.Accept()
 		if err != nil {
@@ -41,6 +45,7 @@ func (k *keeper) serve(l net.Listener, wg *sync.WaitGroup) {
 		}
 		wg.Go(func() {
 			defer conn.Close()
+			defer context.AfterFunc(ctx, func() { conn.Close() })()
 			k.answer(conn)
 		})
 	}
@@ -53,6 +58,7 @@ func (k *keeper) answer(conn net.Conn) {
 	}
 	var r reply
 	switch {
+	case req.Ping:
 	case req.Ready:
 		<-k.ready
 		k.mu.Lock()
@@ -95,59 +101,57 @@ func (k *keeper) answer(conn net.Conn) {
 	agent.WriteMessage(conn, r)
 }
 
-func (k *keeper) open() (*agent.Stream, error) {
-	k.mu.Lock()
-	client := k.client
-	k.mu.Unlock()
-	if client == nil {
-		return nil, errors.New("the shed's agent does not answer: stop and start the shed")
-	}
-	return client.Open(context.Background())
-}
-
-// openWait is open, but waits: the machine may be coming up, for the first time or again.
-func (k *keeper) openWait(ctx context.Context) (*agent.Stream, error) {
-	for {
-		stream, err := k.open()
-		if err == nil {
-			return stream, nil
-		}
-		select {
-		case <-time.After(openInterval):
-		case <-k.ended:
-			return nil, err
-		case <-ctx.Done():
-			return nil, err
-		}
-	}
-}
-
-const openInterval = 10 * time.Millisecond
-
-// stop ends the machine and returns when it has ended, and whether force was needed.
-func (k *keeper) stop(grace time.Duration) (forced bool) {
+// stop ends the machine and returns when it has ended, and why that took force, if it did.
+func (k *keeper) stop(grace time.Duration) (forced string) {
 	k.mu.Lock()
 	k.asked = true
-	machine := k.machine
 	k.mu.Unlock()
+	// Where the machine is frozen, asking it may last until it has ended, whatever ctx says.
+	var asking sync.WaitGroup
+	defer asking.Wait()
 	ctx, cancel := context.WithTimeout(context.Background(), grace)
 	defer cancel()
-	if stream, err := k.openWait(ctx); err == nil && grace > 0 {
-		if err := agent.Call(ctx, stream, agent.Request{PowerOff: &agent.PowerOff{}}); err != nil {
-			k.log.Warn("asking the shed to power off", "err", err)
-		} else {
-			stream.Close()
-			select {
-			case <-k.ended:
-				return false
-			case <-ctx.Done():
+	forced = "it was ended by force"
+	if grace > 0 {
+		forced = fmt.Sprintf("it did not shut down within %v and was ended by force", grace)
+		agentEnded := make(chan struct{})
+		asking.Go(func() {
+			if errors.Is(k.askPowerOff(ctx), errAgentEnded) {
+				close(agentEnded)
 			}
+		})
+		select {
+		case <-k.ended:
+			return ""
+		case <-agentEnded:
+			forced = "its agent has ended, so it was ended by force"
+		case <-ctx.Done():
 		}
 	}
+	k.mu.Lock()
+	k.force = true // a machine that comes only now is ended too
+	machine := k.machine
+	k.mu.Unlock()
 	if machine != nil {
-		forced = true
-		machine.Kill()
+		k.kill(machine)
 	}
 	<-k.ended
 	return forced
+}
+
+// askPowerOff returns when the shed has been asked to power off.
+func (k *keeper) askPowerOff(ctx context.Context) error {
+	for {
+		stream, err := k.openWait(ctx)
+		if err != nil {
+			return err
+		}
+		if err = agent.Call(ctx, stream, agent.Request{PowerOff: &agent.PowerOff{}}); err == nil {
+			return stream.Close()
+		}
+		k.log.Warn("asking the shed to power off", "err", err)
+		if !sleep(ctx, linkInterval) {
+			return err
+		}
+	}
 }

@@ -41,7 +41,8 @@ type Driver interface {
 	// error carries what the monitor said. dir exists and holds no running machine.
 	Start(ctx context.Context, dir string, spec Spec) (Machine, error)
 
-	// Find returns the machine that runs in dir, or ErrNotRunning.
+	// Find returns the machine that runs in dir, or ErrNotRunning. It does not wait for a
+	// monitor that doesn't answer: such a machine can be killed.
 	Find(ctx context.Context, dir string) (Machine, error)
 
 	// Running says whether a machine runs in dir, without connecting to it.
@@ -51,10 +52,15 @@ type Driver interface {
 // ErrNotRunning is returned by Driver.Find where no machine runs.
 var ErrNotRunning = errors.New("no machine runs there")
 
+// ErrLinkClosed is returned by Machine.DialLink where the guest has closed its end of the link, and not
+// opened it again: its agent has ended.
+var ErrLinkClosed = errors.New("the guest has closed its end of the link")
+
 // Machine is a running machine. Its methods may be called concurrently.
 type Machine interface {
 	// DialLink connects to the stream that the guest's agent listens on. There is
-	// one such stream: a new connection takes it over from one that is gone.
+	// one such stream: a new connection takes it over from one that is gone. It may be made
+	// before the guest opens its end, and is closed when the guest closes that.
 	DialLink(ctx context.Context) (net.Conn, error)
 
 	// DialNetwork connects to the machine's network card. The connection carries Ethernet frames,

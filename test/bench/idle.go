@@ -51,7 +51,7 @@ func (b *bench) idle(watch time.Duration) error {
 // pids returns the processes of a shed: QEMU, and the keeper that started it.
 func (b *bench) pids(name string) ([]int, error) {
 	var vmm struct{ PID int }
-	text, err := os.ReadFile(filepath.Join(b.dir, "state", "sheds", name, "run", "vmm.json"))
+	text, err := os.ReadFile(filepath.Join(b.state, "sheds", name, "run", "vmm.json"))
 	if err != nil {
 		return nil, err
 	}

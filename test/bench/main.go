@@ -11,21 +11,20 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
-	"syscall"
 	"time"
 
 	"github.com/charliek/shed"
-	"github.com/charliek/shed/internal/api"
 	"github.com/charliek/shed/internal/kernel"
 	"github.com/charliek/shed/internal/vm"
 	"github.com/charliek/shed/internal/vm/qemu"
 )
+
+// presets are the images that a server builds; sheds have the first by default.
+var presets = []string{"base", "extensions", "full"}
 
 // The machine shape of all measurements.
 const (
@@ -37,9 +36,10 @@ func main() {
 	runs := flag.Int("n", 10, "runs of each measurement")
 	bin := flag.String("bin", "bin", "directory of the programs")
 	idle := flag.Duration("idle", time.Minute, "how long an idle shed is watched")
-	state := flag.String("cache", "", "state directory to take the image and kernel from, so as not to make them")
+	state := flag.String("cache", "", "state directory to copy images and kernel from, so as not to make them")
+	image := flag.String("image", "base", "`image` to pull and convert; a preset that isn't there is built first")
 	flag.Parse()
-	b, err := newBench(*bin, *runs, *state)
+	b, err := newBench(*bin, *runs, *state, *image)
 	if err == nil {
 		err = b.run(*idle)
 		b.close()
@@ -51,15 +51,15 @@ func main() {
 }
 
 type bench struct {
-	bin, dir string
-	runs     int
-	server   *exec.Cmd
-	client   *api.Client
-	env      []string
+	*server
+	dir   string
+	runs  int
+	image string   // that is pulled and converted
+	left  []string // what could not be measured, and why
 }
 
-// newBench starts a server of its own, with the base image made.
-func newBench(bin string, runs int, cache string) (*bench, error) {
+// newBench starts a server of its own, with the image made that sheds have by default, and the one to pull.
+func newBench(bin string, runs int, cache, image string) (*bench, error) {
 	bin, err := filepath.Abs(bin)
 	if err != nil {
 		return nil, err
@@ -68,91 +68,55 @@ func newBench(bin string, runs int, cache string) (*bench, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &bench{bin: bin, dir: dir, runs: runs}
-	socket := filepath.Join(dir, "s.sock")
-	server, client := filepath.Join(dir, "server.yaml"), filepath.Join(dir, "config.yaml")
-	b.env = append(os.Environ(), "SHED_CONFIG="+client)
-	files := map[string]string{
-		server: fmt.Sprintf("name: bench\nhttp_port: 0\nssh_port: 0\nsocket: %s\nstate_dir: %s/state\nenv_file: \"\"\n", socket, dir),
-		client: fmt.Sprintf("servers:\n  bench: {socket: %s}\n", socket),
-	}
-	for file, text := range files {
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			return nil, err
-		}
-	}
-	if cache != "" {
-		if err := os.Mkdir(dir+"/state", 0o700); err != nil {
-			return nil, err
-		}
-		for _, d := range []string{"images", "layers", "kernels"} {
-			if out, err := exec.Command("cp", "-a", "--reflink=auto", filepath.Join(cache, d), dir+"/state/").CombinedOutput(); err != nil {
-				return nil, fmt.Errorf("copying the cache: %w: %s", err, out)
-			}
-		}
-	}
-	log, err := os.Create(filepath.Join(dir, "server.log"))
-	if err != nil {
+	b := &bench{dir: dir, runs: runs, image: image}
+	if err := b.prepare(bin, cache); err != nil {
+		b.close()
 		return nil, err
-	}
-	defer log.Close()
-	b.server = exec.Command(filepath.Join(bin, "shed-server"), "-c", server, "serve")
-	b.server.Stdout, b.server.Stderr = log, log
-	if err := b.server.Start(); err != nil {
-		return nil, err
-	}
-	b.client = api.NewClient(func(ctx context.Context) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", socket)
-	}, "bench")
-	for range 200 {
-		if _, err = b.client.Info(context.Background()); err == nil {
-			break
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	if err != nil {
-		text, _ := os.ReadFile(log.Name())
-		return nil, fmt.Errorf("the server did not start: %w\n%s", err, text)
-	}
-	if images, err := b.client.Images(context.Background()); err != nil || len(images) == 0 {
-		if _, err := b.shed("image", "build", "base"); err != nil {
-			return nil, err
-		}
 	}
 	return b, nil
 }
 
-func (b *bench) close() {
-	sheds, err := b.client.List(context.Background())
-	if err == nil {
-		for _, s := range sheds {
-			b.client.Delete(context.Background(), s.Name, nil)
+func (b *bench) prepare(bin, cache string) error {
+	if cache != "" {
+		state := filepath.Join(b.dir, "state")
+		if err := os.Mkdir(state, 0o700); err != nil {
+			return err
+		}
+		for _, d := range []string{"images", "layers", "kernels"} {
+			if out, err := exec.Command("cp", "-a", "--reflink=auto", filepath.Join(cache, d), state).CombinedOutput(); err != nil {
+				return fmt.Errorf("copying the cache: %w: %s", err, out)
+			}
 		}
 	}
-	b.server.Process.Signal(syscall.SIGTERM)
-	b.server.Wait()
-	os.RemoveAll(b.dir)
-}
-
-// shed runs the CLI and returns how long it took as a whole process.
-func (b *bench) shed(args ...string) (time.Duration, error) {
-	_, d, err := b.output(nil, args...)
-	return d, err
-}
-
-func (b *bench) output(stdin io.Reader, args ...string) (string, time.Duration, error) {
-	cmd := exec.Command(filepath.Join(b.bin, "shed"), args...)
-	cmd.Env, cmd.Stdin = b.env, stdin
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	start := time.Now()
-	err := cmd.Run()
-	d := time.Since(start)
-	if err != nil {
-		return "", d, fmt.Errorf("shed %s: %w: %s", strings.Join(args, " "), err, stderr.String())
+	var err error
+	if b.server, err = startServer(bin, b.dir); err != nil {
+		return err
 	}
-	return stdout.String(), d, nil
+	// Each is built upon those before it, which so cost next to nothing.
+	names := presets[:slices.Index(presets, b.image)+1]
+	if len(names) == 0 {
+		names = []string{presets[0], b.image}
+	}
+	for _, name := range names {
+		_, err := b.client.InspectImage(context.Background(), name)
+		switch {
+		case err == nil:
+		case shed.ErrorCode(err) == shed.CodeNoImage && slices.Contains(presets, name):
+			if _, err := b.shed("image", "build", name); err != nil {
+				return err
+			}
+		default:
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) close() {
+	if b.server != nil {
+		b.server.close()
+	}
+	os.RemoveAll(b.dir)
 }
 
 // median measures n times.
@@ -165,18 +129,37 @@ func (b *bench) median(f func() (time.Duration, error)) (time.Duration, error) {
 		}
 		ds = append(ds, d)
 	}
+	return mid(ds), nil
+}
+
+func mid(ds []time.Duration) time.Duration {
 	slices.Sort(ds)
-	return ds[len(ds)/2], nil
+	return ds[len(ds)/2]
 }
 
 func (b *bench) run(idle time.Duration) error {
 	fmt.Printf("medians of %d, %d CPU, %d MB\n\n| what | measured | beside it | limit |\n| --- | --- | --- | --- |\n", b.runs, cpus, memoryMB)
-	for _, f := range []func() error{b.create, b.exec, b.throughput, func() error { return b.idle(idle) }} {
+	for _, f := range []func() error{
+		b.create, b.exec, b.throughput, func() error { return b.idle(idle) },
+		// What comes now needs the memory, and neither sheds nor their kernel.
+		func() error { return b.client.Delete(context.Background(), "x", nil) },
+		b.pulls, b.conversion, b.disk,
+	} {
 		if err := f(); err != nil {
 			return err
 		}
 	}
+	for _, l := range b.left {
+		fmt.Printf("\nNOT MEASURED: %s\n", l)
+	}
 	return nil
+}
+
+// leaveOut says what is not measured and why, at once and after the table.
+func (b *bench) leaveOut(format string, args ...any) {
+	l := fmt.Sprintf(format, args...)
+	fmt.Fprintln(os.Stderr, "bench: NOT MEASURED:", l)
+	b.left = append(b.left, l)
 }
 
 func row(what, measured, beside, limit string) {
@@ -234,7 +217,6 @@ func (b *bench) create() error {
 			return err
 		}
 	}
-	mid := func(ds []time.Duration) time.Duration { slices.Sort(ds); return ds[len(ds)/2] }
 	f := mid(floors)
 	limit := f*3/2 + 300*time.Millisecond
 	row("floor: QEMU's start to a line of a bare init", ms(f), "", "")
@@ -282,7 +264,9 @@ func (b *bench) exec() error {
 
 const total = 256 << 20
 
-func rate(d time.Duration) string { return fmt.Sprintf("%.0f MB/s", total/1e6/d.Seconds()) }
+func rate(n int64, d time.Duration) string {
+	return fmt.Sprintf("%.0f MB/s", float64(n)/1e6/d.Seconds())
+}
 
 // throughput moves 256 MB through exec and over the bare port.
 func (b *bench) throughput() error {
@@ -315,8 +299,8 @@ func (b *bench) throughput() error {
 	if err != nil {
 		return err
 	}
-	row("`shed exec x -- cat`, 256 MB from the shed", rate(out), "bare virtio-serial port: "+rate(bareOut), "")
-	row("`shed exec x -- cat`, 256 MB to the shed", rate(in), "bare virtio-serial port: "+rate(bareIn), "")
+	row("`shed exec x -- cat`, 256 MB from the shed", rate(total, out), "bare virtio-serial port: "+rate(total, bareOut), "")
+	row("`shed exec x -- cat`, 256 MB to the shed", rate(total, in), "bare virtio-serial port: "+rate(total, bareIn), "")
 	return nil
 }
 
@@ -334,7 +318,7 @@ type floor struct {
 }
 
 func (b *bench) newFloor() (*floor, error) {
-	store, err := kernel.Open(filepath.Join(b.dir, "state", "kernels"))
+	store, err := kernel.Open(filepath.Join(b.state, "kernels"))
 	if err != nil {
 		return nil, err
 	}

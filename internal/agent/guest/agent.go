@@ -59,6 +59,9 @@ func runAgent() error {
 	if err := os.WriteFile(oomFile, []byte("-1000"), 0); err != nil {
 		return err
 	}
+	// A command that has them too would keep the init waiting.
+	unix.CloseOnExec(3)
+	unix.CloseOnExec(4)
 	m := &machine{
 		ready:   os.NewFile(3, "ready"),
 		entered: os.NewFile(4, "entered"),

@@ -124,8 +124,8 @@ func (m *machine) enterRoot(s agent.Setup) error {
 }
 
 // assembleRoot mounts the layers and the upper as one overlay on /sysroot, and the kernel's modules
-// beside it. Nothing but the overlay holds its parts then, so that unmounting it is all that a clean
-// end needs.
+// beside it. Nothing but what is mounted there holds its parts then, so that unmounting that is all that a
+// clean end needs.
 //
 // It returns the upper's own directory, in which the shed's users see nothing.
 func assembleRoot(layers int) (own *os.Root, err error) {
@@ -177,6 +177,9 @@ func assembleRoot(layers int) (own *os.Root, err error) {
 	}
 	if err := mountEarly("overlay", sysroot, "overlay", 0, options); err != nil {
 		return nil, fmt.Errorf("mounting the overlay of %d layers: %w", layers, err)
+	}
+	if err := bindPlainDirs(); err != nil {
+		return nil, err
 	}
 	if own, err = os.OpenRoot(upper); err != nil {
 		return nil, err

@@ -83,13 +83,12 @@ func lookupImageUser(spec string) (*account, error) {
 	return a, nil
 }
 
-// ofImage returns u without the default user, if another user has its UID.
+// ofImage returns u with the default user last, so that a UID is that of another user who has it too.
 func (u users) ofImage() users {
-	i := slices.IndexFunc(u.passwd, func(f []string) bool { return f[0] == agent.DefaultUser })
-	if i < 0 || !slices.ContainsFunc(slices.Delete(slices.Clone(u.passwd), i, i+1), func(f []string) bool { return f[2] == u.passwd[i][2] }) {
-		return u
+	isDefault := func(f []string) bool { return f[0] == agent.DefaultUser }
+	if i := slices.IndexFunc(u.passwd, isDefault); i >= 0 {
+		u.passwd = append(slices.Concat(u.passwd[:i], u.passwd[i+1:]), u.passwd[i])
 	}
-	u.passwd = slices.Delete(slices.Clone(u.passwd), i, i+1)
 	return u
 }
 

@@ -94,6 +94,9 @@ func TestUserSpec(t *testing.T) {
 	if a, err := u.ofImage().lookup("1000"); err != nil || a.name != "node" {
 		t.Errorf("the image's 1000: %+v, %v", a, err)
 	}
+	if a, err := u.ofImage().lookup("shed"); err != nil || a.name != "shed" || a.home != "/home/shed" {
+		t.Errorf("the image's shed: %+v, %v", a, err)
+	}
 	alone := users{passwd: u.passwd[:3]}
 	if a, err := alone.ofImage().lookup("1000"); err != nil || a.name != "shed" {
 		t.Errorf("where nobody shares 1000: %+v, %v", a, err)

@@ -9,3 +9,5 @@ const console = "ttyAMA0"
 
 // machineType is QEMU's virt machine: microvm exists for x86 only.
 func machineType(Accel) string { return "virt,gic-version=max" }
+
+const archCmdline = ""

@@ -28,10 +28,11 @@ const (
 	netSocket  = "net.sock"
 	logFile    = "vmm.log"
 	pidFile    = "vmm.json"
+	openedFile = "link.opened"
 )
 
-// linkID is what QEMU calls the link's port.
-const linkID = "link-port"
+// What QEMU calls the link's port, and the host's end of it.
+const linkID, linkChardev = "link-port", "link"
 
 // mmioSlots is how many virtio-mmio devices a microvm with ACPI can use: it has one more, but a
 // device there gets no interrupts (QEMU 7.2). The link, the network card, the
@@ -63,7 +64,7 @@ func FindBinary() (string, error) {
 }
 
 func (d *Driver) Start(ctx context.Context, dir string, spec vm.Spec) (vm.Machine, error) {
-	for _, f := range []string{qmpSocket, linkSocket, netSocket, pidFile, logFile} {
+	for _, f := range []string{qmpSocket, linkSocket, netSocket, pidFile, logFile, openedFile} {
 		if err := os.Remove(filepath.Join(dir, f)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
 		}
@@ -92,8 +93,8 @@ func (d *Driver) Start(ctx context.Context, dir string, spec vm.Spec) (vm.Machin
 		<-reaped
 		return nil, d.startError(dir, err)
 	}
-	m, err := connect(ctx, dir, p)
-	if err != nil {
+	m := &machine{dir: dir, process: p, qmp: newQMP(dir)}
+	if err := m.connect(ctx); err != nil {
 		p.kill()
 		<-reaped
 		return nil, d.startError(dir, err)
@@ -113,14 +114,14 @@ func (d *Driver) Find(ctx context.Context, dir string) (vm.Machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	m, err := connect(ctx, dir, p)
-	if err != nil {
-		return nil, err
-	}
-	// QEMU may have stopped the machine while nobody listened: see resume.
-	if err := m.qmp.run("cont"); err != nil {
-		return nil, err
-	}
+	m := &machine{dir: dir, process: p, qmp: newQMP(dir)}
+	// QEMU talks to one client at a time, and to none while it is stopped. What is begun here
+	// ends with QEMU.
+	go func() {
+		if m.connect(context.WithoutCancel(ctx)) == nil {
+			m.qmp.takeOver()
+		}
+	}()
 	return m, nil
 }
 
@@ -141,8 +142,8 @@ func (d *Driver) args(spec vm.Spec) []string {
 		"-qmp", "unix:" + qmpSocket + ",server=on,wait=off",
 		"-chardev", "file,id=console,append=on,path=" + escape.Replace(spec.Console), "-serial", "chardev:console",
 		"-device", "virtio-serial-device",
-		"-chardev", "socket,id=link,server=on,wait=off,path=" + linkSocket,
-		"-device", "virtserialport,chardev=link,name=shed,id=" + linkID,
+		"-chardev", "socket,id=" + linkChardev + ",server=on,wait=off,path=" + linkSocket,
+		"-device", "virtserialport,chardev=" + linkChardev + ",name=shed,id=" + linkID,
 		"-device", "virtio-rng-device",
 		"-device", "virtio-balloon-device,free-page-reporting=on",
 	}
@@ -170,27 +171,29 @@ type machine struct {
 }
 
 // connect waits until QEMU answers on its control socket.
-func connect(ctx context.Context, dir string, p *process) (*machine, error) {
+func (m *machine) connect(ctx context.Context) error {
 	for {
-		conn, err := vm.DialUnix(ctx, dir, qmpSocket)
+		conn, err := vm.DialUnix(ctx, m.dir, qmpSocket)
 		if err == nil {
-			q, err := newQMP(ctx, conn)
-			if err != nil {
-				return nil, err
-			}
-			return &machine{dir: dir, process: p, qmp: q}, nil
+			return m.qmp.open(ctx, conn)
 		}
 		select {
-		case <-p.ended:
-			return nil, errors.New("it ended at once")
+		case <-m.process.ended:
+			err = errors.New("it ended at once")
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			err = ctx.Err()
 		case <-time.After(time.Millisecond):
+			continue
 		}
+		close(m.qmp.done)
+		return err
 	}
 }
 
 func (m *machine) DialLink(ctx context.Context) (net.Conn, error) {
+	if m.qmp.linkClosed() {
+		return nil, vm.ErrLinkClosed
+	}
 	conn, err := vm.DialUnix(ctx, m.dir, linkSocket)
 	if err != nil {
 		return nil, err

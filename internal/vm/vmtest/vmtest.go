@@ -49,6 +49,7 @@ func Run(t *testing.T, newDriver func(testing.TB) vm.Driver) {
 		"Restart":       s.restart,
 		"Panic":         s.panic,
 		"Kill":          s.kill,
+		"GuestLeaves":   s.guestLeaves,
 		"NotRunning":    s.notRunning,
 		"StartFails":    s.startFails,
 		"StartCanceled": s.startCanceled,
@@ -98,6 +99,9 @@ func (s *suite) machine(t *testing.T) {
 	}
 	m, l := s.bootElsewhere(t, d, dir, spec)
 
+	if contains(t, spec.Console, "Fatal") {
+		t.Errorf("the boot logs an error:\n%s", vm.LastLines(spec.Console, 0, 20))
+	}
 	facts := l.look(t)
 	if facts.CPUs != 2 {
 		t.Errorf("%d CPUs, want 2", facts.CPUs)
@@ -360,6 +364,27 @@ func (s *suite) kill(t *testing.T) {
 		t.Errorf("Kill: %v", err)
 	}
 	checkEnded(t, d, otherDir, other, vm.Killed)
+}
+
+// guestLeaves checks that the end of a guest's agent is noticed, while its machine runs on.
+func (s *suite) guestLeaves(t *testing.T) {
+	d := s.newDriver(t)
+	dir, files := dirs(t)
+	m, l := s.bootElsewhere(t, d, dir, s.spec(files))
+	l.send(t, guest.Request{Op: guest.Leave})
+	<-l.Done()
+	for range 2 {
+		conn, err := m.DialLink(t.Context())
+		if err == nil {
+			conn.Close()
+		}
+		if !errors.Is(err, vm.ErrLinkClosed) {
+			t.Errorf("DialLink: %v, want ErrLinkClosed", err)
+		}
+	}
+	if !d.Running(dir) {
+		t.Error("the machine ended with its agent")
+	}
 }
 
 func (s *suite) notRunning(t *testing.T) {

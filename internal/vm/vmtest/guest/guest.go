@@ -20,6 +20,7 @@ const (
 	Echo     = "echo"      // after the reply, what comes on the stream goes back on it
 	Frames   = "frames"    // from the reply on, frames of EtherType are answered with themselves
 	Log      = "log"       // Data to the console
+	Leave    = "leave"     // the guest's end of the link is closed, without a reply
 	PowerOff = "power-off" //
 	Reboot   = "reboot"    //
 	Panic    = "panic"     // of the kernel

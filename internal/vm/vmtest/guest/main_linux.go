@@ -41,7 +41,11 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	return agent.ServePort(p, answer)
+	err = agent.ServePort(p, func(s *agent.Stream) { answer(s, p) })
+	for errors.Is(err, os.ErrClosed) { // as it was asked to
+		time.Sleep(time.Hour)
+	}
+	return err
 }
 
 // load loads a kernel module and first those that it needs.
@@ -73,7 +77,7 @@ func load(name string) error {
 	return nil
 }
 
-func answer(s *agent.Stream) {
+func answer(s *agent.Stream, port io.Closer) {
 	defer s.Close()
 	var req Request
 	if agent.ReadMessage(s, &req) != nil {
@@ -93,6 +97,8 @@ func answer(s *agent.Stream) {
 		err = os.WriteFile("/dev/console", req.Data, 0)
 	case Frames:
 		err = startFrames()
+	case Leave:
+		err = port.Close()
 	case PowerOff:
 		err = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 	case Reboot:
