@@ -20,6 +20,7 @@ const (
 	CodeUnreachable Code = "SERVER_UNREACHABLE" // no answer from the server
 	CodeRegistry    Code = "REGISTRY"           // an image registry can't be reached, or refuses
 	CodeCommand     Code = "COMMAND_FAILED"     // a command in a shed failed: a clone, a step of a build
+	CodeConnect     Code = "CONNECT_FAILED"     // an address in a shed can't be connected to, or listened on
 	CodeUnsupported Code = "UNSUPPORTED"        // this server, backend or image can't do it
 	CodeInternal    Code = "INTERNAL"           // a fault of ours
 )

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -126,16 +127,21 @@ type TTY struct {
 	Size
 }
 
-// Command is what to run in a shed. Exactly one of Args, Script and Login
+// SubsystemSFTP is the subsystem that serves files, by the SFTP protocol on stdin and stdout.
+const SubsystemSFTP = "sftp"
+
+// Command is what to run in a shed. Exactly one of Args, Script, Login and Subsystem
 // says what: Args is run literally, Script by the user's login shell with -c,
-// Login starts an interactive login shell.
+// Login starts an interactive login shell, and Subsystem names a program that every shed
+// has, whatever its image.
 type Command struct {
-	Args   []string `json:"args,omitempty"`
-	Script string   `json:"script,omitempty"`
-	Login  bool     `json:"login,omitempty"`
+	Args      []string `json:"args,omitempty"`
+	Script    string   `json:"script,omitempty"`
+	Login     bool     `json:"login,omitempty"`
+	Subsystem string   `json:"subsystem,omitempty"`
 
 	Env  []string `json:"env,omitempty"`  // K=V, added to the login environment
-	Dir  string   `json:"dir,omitempty"`  // default: the shed's workspace
+	Dir  string   `json:"dir,omitempty"`  // default: the shed's workspace, or a subsystem's user's home
 	User string   `json:"user,omitempty"` // name or UID; default: shed, or root where there is no shed
 	TTY  *TTY     `json:"tty,omitempty"`
 }
@@ -143,13 +149,16 @@ type Command struct {
 // Validate checks what can be told without the shed.
 func (c Command) Validate() error {
 	kinds := 0
-	for _, set := range []bool{len(c.Args) > 0, c.Script != "", c.Login} {
+	for _, set := range []bool{len(c.Args) > 0, c.Script != "", c.Login, c.Subsystem != ""} {
 		if set {
 			kinds++
 		}
 	}
 	if kinds != 1 {
-		return Errorf(CodeInvalid, "a command is exactly one of args, script and login")
+		return Errorf(CodeInvalid, "a command is exactly one of args, script, login and subsystem")
+	}
+	if c.Subsystem != "" && (c.Subsystem != SubsystemSFTP || c.TTY != nil) {
+		return Errorf(CodeInvalid, "there is no subsystem %.80q; the only one is %s, without a terminal", c.Subsystem, SubsystemSFTP)
 	}
 	for _, s := range append(append([]string{c.Script, c.Dir, c.User}, c.Args...), c.Env...) {
 		if strings.ContainsRune(s, 0) {
@@ -163,6 +172,37 @@ func (c Command) Validate() error {
 		if key, _, ok := strings.Cut(kv, "="); !ok || key == "" {
 			return Errorf(CodeInvalid, "%q is no environment variable", kv).WithHint("write NAME=VALUE")
 		}
+	}
+	return nil
+}
+
+// Endpoint is an address inside a shed.
+type Endpoint struct {
+	Network string `json:"network"` // "tcp", "unix", or "accepted": see Sheds.Listen
+	Address string `json:"address"` // HOST:PORT, an absolute path, or what an acceptance is called
+}
+
+// Validate checks what can be told without the shed.
+func (e Endpoint) Validate() error {
+	if strings.ContainsRune(e.Address, 0) || !utf8.ValidString(e.Address) {
+		return Errorf(CodeInvalid, "an address can't be %.80q", e.Address)
+	}
+	switch e.Network {
+	case "tcp":
+		_, port, err := net.SplitHostPort(e.Address)
+		if err == nil {
+			_, err = strconv.ParseUint(port, 10, 16)
+		}
+		if err != nil {
+			return Errorf(CodeInvalid, "%.80q is no address", e.Address).WithHint("write HOST:PORT")
+		}
+	case "unix":
+		if e.Address != "" && e.Address[0] != '/' {
+			return Errorf(CodeInvalid, "the socket %.80q has no absolute path", e.Address)
+		}
+	case "accepted":
+	default:
+		return Errorf(CodeInvalid, "there is no network %.80q", e.Network).WithHint("use tcp or unix")
 	}
 	return nil
 }
@@ -224,4 +264,19 @@ type Sheds interface {
 	// connection speaks the exec protocol of internal/agent; NewProcess there
 	// makes a Process of it. Closing it ends the command.
 	Exec(ctx context.Context, name string, cmd Command) (net.Conn, error)
+
+	// Dial connects to an address in a shed, starting the shed if it is stopped. Names resolve
+	// in the shed, whose own localhost is meant; a Unix socket is opened by the shed's
+	// user. CodeConnect if nothing answers there. The connection has a method CloseWrite. ctx is
+	// for the time until it is connected.
+	Dial(ctx context.Context, name string, to Endpoint) (net.Conn, error)
+
+	// Listen listens in a shed, starting the shed if it is stopped. A port of 0 is any that
+	// is free; a Unix socket is its user's, and without an address one in a new
+	// directory. CodeConnect if that can't be.
+	//
+	// The returned connection carries messages of internal/agent: one Listening, and an
+	// Accepted for each connection, which is to be dialled with the network "accepted".
+	// Closing it ends the listening, but no connection.
+	Listen(ctx context.Context, name string, on Endpoint) (net.Conn, error)
 }

@@ -16,13 +16,15 @@ import (
 // Each message is a 4-byte big-endian length and that many bytes of JSON.
 //
 // Exec is followed by the frames of the exec protocol. The others are answered with a
-// Reply; after a good one, Dial's stream carries the connection's bytes.
+// Reply; after a good one, Dial's stream carries the connection's bytes, and Listen's
+// a Listening and then an Accepted for each connection, until the host ends it.
 type Request struct {
-	Setup    *Setup        `json:"setup,omitempty"`
-	Exec     *shed.Command `json:"exec,omitempty"`
-	Dial     *Dial         `json:"dial,omitempty"`
-	Clock    *Clock        `json:"clock,omitempty"`
-	PowerOff *PowerOff     `json:"power_off,omitempty"`
+	Setup    *Setup         `json:"setup,omitempty"`
+	Exec     *shed.Command  `json:"exec,omitempty"`
+	Dial     *shed.Endpoint `json:"dial,omitempty"`
+	Listen   *shed.Endpoint `json:"listen,omitempty"`
+	Clock    *Clock         `json:"clock,omitempty"`
+	PowerOff *PowerOff      `json:"power_off,omitempty"`
 }
 
 // DefaultUser is who commands run as where nobody says otherwise. Every shed has the user.
@@ -60,12 +62,6 @@ type Network struct {
 // Clock sets the machine's time.
 type Clock struct {
 	UnixNano int64 `json:"unix_nano"`
-}
-
-// Dial asks for a connection inside the machine.
-type Dial struct {
-	Network string `json:"network"` // "tcp" or "unix"
-	Address string `json:"address"`
 }
 
 // PowerOff asks for a clean end: sessions are ended, file systems unmounted.

@@ -7,6 +7,8 @@ import (
 	"net"
 	"strings"
 	"testing"
+
+	"github.com/charliek/shed"
 )
 
 // spliced connects a stream with a connection on the guest's side, and returns the host's end of
@@ -143,7 +145,7 @@ func TestCall(t *testing.T) {
 		}
 	})
 	c := connectTo(t, host, false)
-	if err := Call(t.Context(), open(t, c), Request{Dial: &Dial{}}); err == nil || err.Error() != "refused" {
+	if err := Call(t.Context(), open(t, c), Request{Dial: &shed.Endpoint{}}); err == nil || err.Error() != "refused" {
 		t.Errorf("error %v, want the agent's", err)
 	}
 	if err := Call(t.Context(), open(t, c), Request{PowerOff: &PowerOff{}}); err == nil || !strings.Contains(err.Error(), "without an answer") {

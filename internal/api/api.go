@@ -4,8 +4,8 @@
 // status of its code. Long work answers with server-sent events where the
 // client accepts them: any number of "progress" (a shed.Event), then one
 // "complete" (the result) or "error". Archives and build contexts are tars of
-// any size, streamed. Exec upgrades its connection, which then carries the
-// exec protocol of internal/agent.
+// any size, streamed. Exec, dial and listen upgrade their connection, which then carries the
+// exec protocol of internal/agent, the bytes of the connection in the shed, or the messages of a listener.
 package api
 
 import (
@@ -23,10 +23,14 @@ import (
 var openapi []byte
 
 const (
-	jsonType     = "application/json"
-	eventsType   = "text/event-stream"
-	textType     = "text/plain; charset=utf-8"
-	execProtocol = "shed-exec"
+	jsonType   = "application/json"
+	eventsType = "text/event-stream"
+	textType   = "text/plain; charset=utf-8"
+
+	// What connections are upgraded to.
+	execProtocol   = "shed-exec"
+	dialProtocol   = "shed-dial"
+	listenProtocol = "shed-listen"
 )
 
 // Names of the server-sent events.
@@ -52,6 +56,7 @@ var statuses = []struct {
 	{shed.CodeUnsupported, http.StatusNotImplemented},
 	{shed.CodeBoot, http.StatusBadGateway},
 	{shed.CodeRegistry, http.StatusBadGateway},
+	{shed.CodeConnect, http.StatusBadGateway},
 	{shed.CodeUnreachable, http.StatusServiceUnavailable},
 	{shed.CodeNoSpace, http.StatusInsufficientStorage},
 }

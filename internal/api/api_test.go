@@ -66,7 +66,7 @@ func TestErrorsSurvive(t *testing.T) {
 	c := newTestClient(t, fake)
 	codes := []shed.Code{
 		shed.CodeInvalid, shed.CodeNotFound, shed.CodeNoImage, shed.CodeExists, shed.CodeConflict, shed.CodeNoSpace,
-		shed.CodeBoot, shed.CodeUnreachable, shed.CodeRegistry, shed.CodeCommand, shed.CodeUnsupported, shed.CodeInternal,
+		shed.CodeBoot, shed.CodeUnreachable, shed.CodeRegistry, shed.CodeCommand, shed.CodeConnect, shed.CodeUnsupported, shed.CodeInternal,
 	}
 	if len(codes) != len(statuses) {
 		t.Fatalf("%d codes here, %d in the table", len(codes), len(statuses))
@@ -257,6 +257,8 @@ func TestRefusedRequests(t *testing.T) {
 		{"outside", "GET", "/", "", nil, 404, "UNSUPPORTED"},
 		{"no such method", "PUT", "/api/sheds", "", nil, 405, "GET, HEAD, POST"},
 		{"exec without upgrade", "POST", "/api/sheds/a/exec", `{"login":true}`, jsonHeader, 426, "shed-exec"},
+		{"dial without upgrade", "POST", "/api/sheds/a/dial", `{"network":"tcp","address":"a:1"}`, jsonHeader, 426, "shed-dial"},
+		{"listen without upgrade", "POST", "/api/sheds/a/listen", `{"network":"tcp","address":"a:1"}`, jsonHeader, 426, "shed-listen"},
 		{"follow", "GET", "/api/sheds/a/logs?follow=maybe", "", nil, 400, "follow=1"},
 		{"name", "GET", "/api/sheds/a%2Fb", "", nil, 400, "INVALID"},
 	} {

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -65,19 +66,40 @@ func readEvents(r io.Reader, p shed.Progress) ([]byte, error) {
 // Exec implements shed.Sheds. ctx is only for the time until the command has
 // been started.
 func (c *Client) Exec(ctx context.Context, name string, cmd shed.Command) (net.Conn, error) {
-	path, err := shedPath(name, "/exec")
-	if err != nil {
-		return nil, err
-	}
 	if err := cmd.Validate(); err != nil {
 		return nil, err
 	}
-	req, err := newRequest(ctx, http.MethodPost, path, cmd)
+	return c.upgrade(ctx, name, "/exec", execProtocol, cmd)
+}
+
+// Dial implements shed.Sheds.
+func (c *Client) Dial(ctx context.Context, name string, to shed.Endpoint) (net.Conn, error) {
+	if err := to.Validate(); err != nil {
+		return nil, err
+	}
+	return c.upgrade(ctx, name, "/dial", dialProtocol, to)
+}
+
+// Listen implements shed.Sheds. ctx is only for the time until the shed listens.
+func (c *Client) Listen(ctx context.Context, name string, on shed.Endpoint) (net.Conn, error) {
+	if err := on.Validate(); err != nil {
+		return nil, err
+	}
+	return c.upgrade(ctx, name, "/listen", listenProtocol, on)
+}
+
+// upgrade posts body to what is at sub below a shed and returns the connection, upgraded to protocol.
+func (c *Client) upgrade(ctx context.Context, name, sub, protocol string, body any) (net.Conn, error) {
+	path, err := shedPath(name, sub)
+	if err != nil {
+		return nil, err
+	}
+	req, err := newRequest(ctx, http.MethodPost, path, body)
 	if err != nil {
 		return nil, err
 	}
 	req.Header.Set("Connection", "Upgrade")
-	req.Header.Set("Upgrade", execProtocol)
+	req.Header.Set("Upgrade", protocol)
 	start := time.Now()
 	conn, err := c.dial(ctx)
 	if err != nil {
@@ -115,3 +137,10 @@ type bufferedConn struct {
 }
 
 func (c *bufferedConn) Read(p []byte) (int, error) { return c.in.Read(p) }
+
+func (c *bufferedConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return fmt.Errorf("a %T can't end one direction: %w", c.Conn, errors.ErrUnsupported)
+}

@@ -59,7 +59,7 @@ func TestDocumentHasEveryRoute(t *testing.T) {
 func TestDocumentHasEveryField(t *testing.T) {
 	doc := loadDocument(t)
 	for name, v := range map[string]any{
-		"Info": shed.Info{}, "Shed": shed.Shed{}, "CreateOptions": shed.CreateOptions{}, "Command": shed.Command{}, "TTY": shed.TTY{},
+		"Info": shed.Info{}, "Shed": shed.Shed{}, "CreateOptions": shed.CreateOptions{}, "Command": shed.Command{}, "TTY": shed.TTY{}, "Endpoint": shed.Endpoint{},
 		"Image": shed.Image{}, "ImageDetail": shed.ImageDetail{}, "ImageConfig": shed.ImageConfig{}, "ImageHistory": shed.ImageHistory{},
 		"Layer": shed.Layer{}, "Removed": shed.Removed{}, "RemovedItem": shed.RemovedItem{}, "Pushed": shed.Pushed{},
 		"BuildOptions": shed.BuildOptions{}, "PullOptions": shed.PullOptions{}, "PushOptions": shed.PushOptions{},
@@ -113,6 +113,12 @@ func TestAnswersAreAsDocumented(t *testing.T) {
 		t.Fatal(err)
 	}
 	fake := &apitest.Fake{
+		Bind: func(context.Context, shed.Endpoint) (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") },
+		Connect: func(context.Context, shed.Endpoint) (net.Conn, error) {
+			near, far := net.Pipe()
+			far.Close()
+			return near, nil
+		},
 		Before: func(_ context.Context, _, _ string, p shed.Progress) error {
 			p.Report(shed.Event{Phase: "boot", Message: "x", Current: 1, Total: 2, Unit: "bytes"})
 			return nil
@@ -156,9 +162,11 @@ func TestAnswersAreAsDocumented(t *testing.T) {
 			if accept != "" {
 				req.Header.Set("Accept", accept)
 			}
-			if strings.HasSuffix(path, "/exec") {
-				req.Header.Set("Connection", "Upgrade")
-				req.Header.Set("Upgrade", execProtocol)
+			for sub, protocol := range map[string]string{"/exec": execProtocol, "/dial": dialProtocol, "/listen": listenProtocol} {
+				if strings.HasSuffix(path, sub) {
+					req.Header.Set("Connection", "Upgrade")
+					req.Header.Set("Upgrade", protocol)
+				}
 			}
 			return req
 		}
@@ -246,6 +254,10 @@ func TestAnswersAreAsDocumented(t *testing.T) {
 	do("GET", "/api/sheds/old/logs?follow=0", "", "")
 	do("POST", "/api/sheds/none/exec", `{"args":["true"]}`, "")
 	do("POST", "/api/sheds/old/exec", `{"args":["true"],"env":["A=b"],"dir":"/","user":"0","tty":{"term":"xterm","rows":24,"cols":80}}`, "")
+	do("POST", "/api/sheds/old/exec", `{"subsystem":"sftp"}`, "")
+	do("POST", "/api/sheds/old/dial", `{"network":"tcp","address":"localhost:80"}`, "")
+	do("POST", "/api/sheds/old/dial", `{"network":"accepted","address":"none"}`, "")
+	do("POST", "/api/sheds/old/listen", `{"network":"tcp","address":"localhost:0"}`, "")
 	do("GET", "/api/images", "", "")
 	for _, route := range documented(doc) {
 		if !seen[route] {

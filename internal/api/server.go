@@ -124,6 +124,8 @@ func (s *server) routes() map[string]http.HandlerFunc {
 		"POST /api/sheds/{name}/reset":     s.resetShed,
 		"GET /api/sheds/{name}/logs":       s.logs,
 		"POST /api/sheds/{name}/exec":      s.exec,
+		"POST /api/sheds/{name}/dial":      s.dial,
+		"POST /api/sheds/{name}/listen":    s.listen,
 		"GET /api/images":                  s.listImages,
 		"GET /api/images/inspect/{ref...}": s.inspectImage,
 		"GET /api/images/save":             s.saveImages,

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/agent"
 )
 
 const (
@@ -18,23 +19,46 @@ const (
 )
 
 func (s *server) exec(w http.ResponseWriter, r *http.Request) {
-	if !upgrades(r) {
-		w.Header().Set("Upgrade", execProtocol)
+	var cmd shed.Command
+	s.upgrade(w, r, execProtocol, &cmd, splice, func() (net.Conn, error) {
+		return s.sheds.Exec(r.Context(), r.PathValue("name"), cmd)
+	})
+}
+
+func (s *server) dial(w http.ResponseWriter, r *http.Request) {
+	var to shed.Endpoint
+	s.upgrade(w, r, dialProtocol, &to, join, func() (net.Conn, error) {
+		return s.sheds.Dial(r.Context(), r.PathValue("name"), to)
+	})
+}
+
+func (s *server) listen(w http.ResponseWriter, r *http.Request) {
+	var on shed.Endpoint
+	s.upgrade(w, r, listenProtocol, &on, splice, func() (net.Conn, error) {
+		return s.sheds.Listen(r.Context(), r.PathValue("name"), on)
+	})
+}
+
+// upgrade reads body, opens what it asks for in a shed, and has connect connect that with the client.
+func (s *server) upgrade(w http.ResponseWriter, r *http.Request, protocol string, body any,
+	connect func(ctx context.Context, client, opened net.Conn, early []byte), open func() (net.Conn, error),
+) {
+	if !upgrades(r, protocol) {
+		w.Header().Set("Upgrade", protocol)
 		w.Header().Set("Connection", "Upgrade")
 		s.failStatus(w, r, http.StatusUpgradeRequired,
-			shed.Errorf(shed.CodeInvalid, "exec needs a connection that is upgraded to %s", execProtocol))
+			shed.Errorf(shed.CodeInvalid, "%s needs a connection that is upgraded to %s", r.URL.Path, protocol))
 		return
 	}
-	var cmd shed.Command
-	if !s.readJSON(w, r, &cmd) {
+	if !s.readJSON(w, r, body) {
 		return
 	}
-	command, err := s.sheds.Exec(r.Context(), r.PathValue("name"), cmd)
+	opened, err := open()
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	defer command.Close()
+	defer opened.Close()
 	client, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		s.fail(w, r, shed.Errorf(shed.CodeInternal, "the connection can't be upgraded: %w", err))
@@ -42,16 +66,16 @@ func (s *server) exec(w http.ResponseWriter, r *http.Request) {
 	}
 	defer client.Close()
 	client.SetDeadline(time.Time{})
-	if _, err := io.WriteString(client, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+execProtocol+"\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(client, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+protocol+"\r\n\r\n"); err != nil {
 		return
 	}
-	// A client that doesn't wait for the answer has its first frames in here.
+	// A client that doesn't wait for the answer has its first bytes in here.
 	early, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
-	splice(r.Context(), client, command, early)
+	connect(r.Context(), client, opened, early)
 }
 
-func upgrades(r *http.Request) bool {
-	if !strings.EqualFold(r.Header.Get("Upgrade"), execProtocol) {
+func upgrades(r *http.Request, protocol string) bool {
+	if !strings.EqualFold(r.Header.Get("Upgrade"), protocol) {
 		return false
 	}
 	for part := range strings.SplitSeq(r.Header.Get("Connection"), ",") {
@@ -60,6 +84,20 @@ func upgrades(r *http.Request) bool {
 		}
 	}
 	return false
+}
+
+// join connects client and conn, each direction with its own end, until both have ended or ctx
+// is done. It closes both; early goes to conn first.
+func join(ctx context.Context, client, conn net.Conn, early []byte) {
+	stop := context.AfterFunc(ctx, func() {
+		client.Close()
+		conn.Close()
+	})
+	defer stop()
+	if _, err := conn.Write(early); err != nil {
+		return
+	}
+	agent.Splice(client, conn)
 }
 
 // splice copies both ways between client and command until one of them ends

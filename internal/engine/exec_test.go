@@ -69,7 +69,7 @@ func FuzzParseRepo(f *testing.F) {
 
 func TestValidateCommand(t *testing.T) {
 	for _, c := range []shed.Command{
-		{Args: []string{"ls", "", "-l"}}, {Script: "ls"}, {Login: true},
+		{Args: []string{"ls", "", "-l"}}, {Script: "ls"}, {Login: true}, {Subsystem: "sftp"},
 		{Args: []string{"x"}, Env: []string{"A=", "B=c=d"}, Dir: "~", User: "root", TTY: &shed.TTY{}},
 	} {
 		if err := c.Validate(); err != nil {
@@ -77,6 +77,7 @@ func TestValidateCommand(t *testing.T) {
 		}
 	}
 	for _, c := range []shed.Command{
+		{Subsystem: "netconf"}, {Subsystem: "sftp", TTY: &shed.TTY{}}, {Subsystem: "sftp", Login: true},
 		{}, {Args: []string{}}, {Args: []string{"x"}, Script: "x"}, {Script: "x", Login: true}, {Args: []string{"x"}, Login: true},
 		{Args: []string{"a\x00b"}}, {Args: []string{"a\xffb"}}, {Script: "a\x00"}, {Login: true, Dir: "\x00"}, {Login: true, User: "\x00"}, {Login: true, Env: []string{"A=\x00"}},
 		{Login: true, Env: []string{"A"}}, {Login: true, Env: []string{"=x"}}, {Login: true, Env: []string{""}},

@@ -8,10 +8,8 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 
@@ -65,15 +63,6 @@ type keyFile struct {
 	problem string // why the file isn't used, as logged
 }
 
-// authorizedKey is one line of a file of authorized keys.
-type authorizedKey struct {
-	where   string // FILE:LINE
-	key     []byte // in wire format
-	refused string // why the key can't be used, or ""
-	from    []netip.Prefix
-	noPTY   bool
-}
-
 func newKeyring(c AuthorizedKeys, log *slog.Logger) *keyring {
 	k := &keyring{log: log}
 	for i, line := range c.Lines {
@@ -85,44 +74,40 @@ func newKeyring(c AuthorizedKeys, log *slog.Logger) *keyring {
 	return k
 }
 
-// authorize returns the line that lets key log in from remote. The error says why none does.
-func (k *keyring) authorize(remote net.Addr, key ssh.PublicKey) (authorizedKey, error) {
-	wire := key.Marshal()
-	err := fmt.Errorf("the key %s is not authorized", ssh.FingerprintSHA256(key))
-	for _, e := range k.current() {
-		if !bytes.Equal(e.key, wire) {
-			continue
-		}
-		reason := e.refused
-		if reason == "" && !e.allows(remote) {
-			reason = "the key may not be used from this address"
-		}
-		if reason == "" {
-			return e, nil
-		}
-		k.log.Warn("SSH key refused", "key", ssh.FingerprintSHA256(key), "line", e.where,
-			"remote", remote.String(), "reason", reason)
-		err = fmt.Errorf("%s: %s", e.where, reason)
+// authorize returns what a key may do that logs in from remote to the shed called user. The error
+// says why it may not.
+func (k *keyring) authorize(user string, remote net.Addr, key ssh.PublicKey) (rights, error) {
+	r, refused, err := authorize(k.current(), user, remote, key)
+	for _, line := range refused {
+		k.log.Warn("SSH key refused", "key", ssh.FingerprintSHA256(key), "line", line.where,
+			"remote", remote.String(), "reason", line.refused)
 	}
-	return authorizedKey{}, err
+	return r, err
 }
 
-// allows reports whether the key may be used from remote.
-func (e authorizedKey) allows(remote net.Addr) bool {
-	if e.from == nil {
-		return true
+// authorize returns what the first of lines that is for key lets it do. Where others before it
+// refuse the key, it says so too.
+func authorize(lines []authorizedKey, user string, remote net.Addr, key ssh.PublicKey) (r rights, refused []authorizedKey, err error) {
+	subject := key
+	cert, isCert := key.(*ssh.Certificate)
+	if isCert {
+		subject = cert.SignatureKey
 	}
-	ap, err := netip.ParseAddrPort(remote.String())
-	if err != nil {
-		return false
-	}
-	addr := ap.Addr().Unmap().WithZone("")
-	for _, p := range e.from {
-		if p.Contains(addr) {
-			return true
+	wire := subject.Marshal()
+	err = fmt.Errorf("the key %s is not authorized", ssh.FingerprintSHA256(key))
+	for _, line := range lines {
+		if line.ca != isCert || !bytes.Equal(line.key, wire) {
+			continue
 		}
+		r, reason := line.grant(user, remote, cert)
+		if reason == nil {
+			return r, refused, nil
+		}
+		line.refused = reason.Error()
+		refused = append(refused, line)
+		err = fmt.Errorf("%s: %w", line.where, reason)
 	}
-	return false
+	return rights{}, refused, err
 }
 
 // current returns all lines as the files are now.
@@ -210,7 +195,7 @@ func (k *keyring) parse(name string, text []byte) []authorizedKey {
 		}
 		e := authorizedKey{where: where, key: key.Marshal()}
 		if _, ok := key.(*ssh.Certificate); ok {
-			e.refused = "certificates are not supported"
+			e.refused = "it is a certificate; authorize its authority's key instead, with the option cert-authority"
 		}
 		for _, o := range options {
 			if err := e.apply(o); err != nil {
@@ -220,59 +205,4 @@ func (k *keyring) parse(name string, text []byte) []authorizedKey {
 		keys = append(keys, e)
 	}
 	return keys
-}
-
-// apply makes e obey an option of its line. One that isn't understood might
-// restrict the key in a way that goes unheeded, so it is an error.
-func (e *authorizedKey) apply(option string) error {
-	name, value, hasValue := strings.Cut(option, "=")
-	switch name := strings.ToLower(name); {
-	case name == "from" && hasValue:
-		from, err := parseFrom(value)
-		if err != nil {
-			return err
-		}
-		if e.from != nil {
-			return errors.New("the option from is there twice")
-		}
-		e.from = from
-	case hasValue:
-		return fmt.Errorf("the option %.40q is not supported", name)
-	case name == "restrict", name == "no-pty":
-		e.noPTY = true
-	case name == "pty":
-		e.noPTY = false
-	case name == "agent-forwarding", name == "no-agent-forwarding",
-		name == "port-forwarding", name == "no-port-forwarding",
-		name == "x11-forwarding", name == "no-x11-forwarding",
-		name == "user-rc", name == "no-user-rc":
-		// No key can do any of these here.
-	default:
-		return fmt.Errorf("the option %.40q is not supported", name)
-	}
-	return nil
-}
-
-// parseFrom parses the quoted value of a from option, if it is a list of addresses and CIDR
-// blocks. Names would need the DNS, which is no authority for who a client is.
-func parseFrom(value string) ([]netip.Prefix, error) {
-	if len(value) < 2 || value[0] != '"' || value[len(value)-1] != '"' {
-		return nil, errors.New("the option from needs a quoted value")
-	}
-	var from []netip.Prefix
-	for _, s := range strings.Split(value[1:len(value)-1], ",") {
-		p, err := netip.ParsePrefix(s)
-		if err != nil {
-			var addr netip.Addr
-			if addr, err = netip.ParseAddr(s); err == nil {
-				addr = addr.Unmap()
-				p = netip.PrefixFrom(addr, addr.BitLen())
-			}
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%.40q in the option from is no address or CIDR block; nothing else is supported there", s)
-		}
-		from = append(from, p)
-	}
-	return from, nil
 }

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
+	"net"
+	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -20,23 +22,21 @@ const (
 	// exitFailed is the exit status where not the command failed but what should have run it.
 	exitFailed = 255
 
-	copyBuffer = 64 << 10 // bytes
+	copyBuffer = 32 << 10 // bytes: what a packet of SSH carries
 
 	maxPendingSignals = 16
 )
 
 // session is one session channel. It runs at most one command.
 type session struct {
-	sheds shed.Sheds
-	user  string
-	noPTY bool
-	ch    ssh.Channel
-	log   *slog.Logger
+	*connection
+	ch ssh.Channel
 
 	// Of the goroutine that takes requests, until the command is started.
 	started bool
 	tty     *shed.TTY
 	env     []string
+	agent   bool // to be forwarded
 
 	// To the running command. Requests never wait for it: that would hold up the
 	// whole connection when a command doesn't read its input.
@@ -44,9 +44,9 @@ type session struct {
 	signals chan string
 }
 
-func newSession(sheds shed.Sheds, user string, noPTY bool, ch ssh.Channel, log *slog.Logger) *session {
+func newSession(c *connection, ch ssh.Channel) *session {
 	return &session{
-		sheds: sheds, user: user, noPTY: noPTY, ch: ch, log: log,
+		connection: c, ch: ch,
 		sizes:   make(chan shed.Size, 1),
 		signals: make(chan string, maxPendingSignals),
 	}
@@ -67,7 +67,6 @@ func (s *session) serve(ctx context.Context, requests <-chan *ssh.Request) {
 		req.Reply(err == nil, nil)
 		if cmd != nil {
 			s.started = true
-			cmd.TTY, cmd.Env = s.tty, s.env
 			running.Go(func() { s.run(ctx, *cmd, &running) })
 		}
 	}
@@ -82,7 +81,7 @@ var (
 // started after the reply.
 func (s *session) handle(req *ssh.Request) (*shed.Command, error) {
 	switch req.Type {
-	case "shell", "exec", "env", "pty-req":
+	case "shell", "exec", "subsystem", "env", "pty-req", "auth-agent-req@openssh.com":
 		if s.started {
 			return nil, errStarted
 		}
@@ -93,15 +92,27 @@ func (s *session) handle(req *ssh.Request) (*shed.Command, error) {
 	}
 	switch req.Type {
 	case "shell":
-		return &shed.Command{Login: true}, nil
+		return s.command(shed.Command{Login: true}, ""), nil
 	case "exec":
 		cmd, err := parseExec(req.Payload)
 		if err != nil {
 			return nil, err
 		}
-		return &cmd, nil
+		return s.command(cmd, cmd.Script), nil
+	case "subsystem":
+		cmd, err := parseSubsystem(req.Payload)
+		if err != nil {
+			return nil, err
+		}
+		return s.command(cmd, cmd.Subsystem), nil
+	case "auth-agent-req@openssh.com":
+		if s.rights.Load().noAgent {
+			return nil, errors.New("the key may not have its agent forwarded")
+		}
+		s.agent = true
+		return nil, nil
 	case "env":
-		v, err := parseEnv(req.Payload)
+		v, err := parseEnv(req.Payload, s.rights.Load().command != "")
 		if err != nil {
 			return nil, err
 		}
@@ -111,7 +122,7 @@ func (s *session) handle(req *ssh.Request) (*shed.Command, error) {
 		s.env = append(s.env, v)
 		return nil, nil
 	case "pty-req":
-		if s.noPTY {
+		if s.rights.Load().noPTY {
 			return nil, errors.New("the key may not have a terminal")
 		}
 		tty, err := parsePTY(req.Payload)
@@ -142,6 +153,41 @@ func (s *session) handle(req *ssh.Request) (*shed.Command, error) {
 	}
 }
 
+// internalSFTP is what sshd(8) calls the command that serves files.
+const internalSFTP = "internal-sftp"
+
+// command completes cmd, or replaces it by what the key is bound to. asked is
+// what the client says to run.
+func (s *session) command(cmd shed.Command, asked string) *shed.Command {
+	r := s.rights.Load()
+	env := s.env
+	switch {
+	case r.command == internalSFTP:
+		cmd = shed.Command{Subsystem: shed.SubsystemSFTP}
+	case r.command != "":
+		cmd = shed.Command{Script: r.command}
+		if asked != "" {
+			env = append(env, "SSH_ORIGINAL_COMMAND="+strings.ToValidUTF8(asked, "\uFFFD"))
+		}
+	}
+	if cmd.Subsystem == "" {
+		cmd.TTY = s.tty
+	}
+	remote, local := addrFields(s.conn.RemoteAddr()), addrFields(s.conn.LocalAddr())
+	port := local[strings.LastIndex(local, " ")+1:]
+	cmd.Env = append(append(env, "SSH_CONNECTION="+remote+" "+local, "SSH_CLIENT="+remote+" "+port), r.env...)
+	return &cmd
+}
+
+// addrFields returns an address as the variables of SSH have it: the IP, a space, the port.
+func addrFields(addr net.Addr) string {
+	ap, err := netip.ParseAddrPort(addr.String())
+	if err != nil {
+		return "UNKNOWN 0"
+	}
+	return ap.Addr().Unmap().String() + " " + strconv.Itoa(int(ap.Port()))
+}
+
 func (s *session) resize(size shed.Size) error {
 	switch {
 	case s.tty == nil:
@@ -162,12 +208,20 @@ func (s *session) resize(size shed.Size) error {
 // last until the client has closed the channel too is added to rest.
 func (s *session) run(ctx context.Context, cmd shed.Command, rest *sync.WaitGroup) {
 	defer s.ch.Close()
-	if shed.ValidateName(s.user) != nil {
-		s.fail(cmd, shed.Errorf(shed.CodeNotFound, "no shed named %.80q", s.user).
-			WithHint("the user name of the connection is the name of the shed; 'shed list' shows all of them"))
+	if err := s.checkName(); err != nil {
+		s.fail(cmd, err)
 		return
 	}
-	conn, err := s.sheds.Exec(ctx, s.user, cmd)
+	if s.agent {
+		sock, stop, err := s.forwardAgent(ctx)
+		if err != nil { // as anywhere else, the command runs without
+			s.log.Info("SSH agent not forwarded", "err", err)
+		} else {
+			defer stop()
+			cmd.Env = append(cmd.Env, "SSH_AUTH_SOCK="+sock)
+		}
+	}
+	conn, err := s.s.sheds.Exec(ctx, s.conn.User(), cmd)
 	if err != nil {
 		s.fail(cmd, err)
 		return

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -116,7 +117,10 @@ func TestLoginShell(t *testing.T) {
 func TestEnvironment(t *testing.T) {
 	ts := newTestServer(t)
 	got := ts.box(`echo "$LC_TEST|$EVIL|$COLORTERM"`, "-o", "SetEnv=LC_TEST=x EVIL=y COLORTERM=truecolor")
-	if got.stdout != "x||truecolor\n" {
+	if got.stdout != "x|y|truecolor\n" {
+		t.Errorf("%+v", got)
+	}
+	if got := ts.box("echo $SSH_CLIENT / $SSH_CONNECTION"); !regexp.MustCompile(`^127.0.0.1 (\d+) (\d+) / 127.0.0.1 \d+ 127.0.0.1 \d+\n$`).MatchString(got.stdout) {
 		t.Errorf("%+v", got)
 	}
 }
@@ -390,16 +394,15 @@ func TestRefusedRequests(t *testing.T) {
 
 	ch, send := open()
 	for name, payload := range map[string][]byte{
-		"subsystem":                  str("sftp"),
-		"auth-agent-req@openssh.com": nil,
-		"x11-req":                    []byte("garbage"),
-		"break":                      nil,
-		"no such request":            nil,
-		"exec":                       {0xff, 0xff, 0xff, 0xff, 1},
-		"pty-req":                    []byte("\x00\x00\x00\x01"),
-		"env":                        []byte("\x00\x00\x00\x04LANG"),
-		"window-change":              ssh.Marshal(struct{ A, B, C, D uint32 }{1, 2, 3, 4}), // no terminal
-		"signal":                     str("TERM"),                                          // no command
+		"subsystem":       str("netconf"),
+		"x11-req":         []byte("garbage"),
+		"break":           nil,
+		"no such request": nil,
+		"exec":            {0xff, 0xff, 0xff, 0xff, 1},
+		"pty-req":         []byte("\x00\x00\x00\x01"),
+		"env":             []byte("\x00\x00\x00\x04LANG"),
+		"window-change":   ssh.Marshal(struct{ A, B, C, D uint32 }{1, 2, 3, 4}), // no terminal
+		"signal":          str("TERM"),                                          // no command
 	} {
 		if send(name, payload) {
 			t.Errorf("%s was accepted", name)
@@ -433,7 +436,7 @@ func TestRefusedRequests(t *testing.T) {
 	}
 
 	for kind, want := range map[string]ssh.RejectionReason{
-		"direct-tcpip": ssh.Prohibited, "direct-streamlocal@openssh.com": ssh.Prohibited, "x11": ssh.UnknownChannelType,
+		"direct-tcpip": ssh.ConnectionFailed, "direct-streamlocal@openssh.com": ssh.ConnectionFailed, "x11": ssh.UnknownChannelType,
 	} {
 		_, _, err := client.OpenChannel(kind, nil)
 		var refused *ssh.OpenChannelError
@@ -444,15 +447,12 @@ func TestRefusedRequests(t *testing.T) {
 	if ok, _, err := client.SendRequest("keepalive@openssh.com", true, nil); !ok || err != nil {
 		t.Errorf("keepalive: %v, %v", ok, err)
 	}
-	if ok, _, err := client.SendRequest("tcpip-forward", true, []byte("garbage")); ok || err != nil {
-		t.Errorf("tcpip-forward: %v, %v", ok, err)
-	}
-}
-
-func TestSFTPRefused(t *testing.T) {
-	ts := newTestServer(t)
-	if got := ts.run(ts.ssh(ts.ident, "box", "-s", "127.0.0.1", "sftp")); got.code == 0 || !strings.Contains(got.stderr, "subsystem request failed") {
-		t.Errorf("%+v", got)
+	for _, name := range []string{"tcpip-forward", "cancel-tcpip-forward", "streamlocal-forward@openssh.com", "cancel-streamlocal-forward@openssh.com", "no such request"} {
+		for _, payload := range [][]byte{nil, []byte("garbage"), ssh.Marshal(hostPortPayload{"localhost", 1 << 16}), str(""), str("not/absolute")} {
+			if ok, _, err := client.SendRequest(name, true, payload); ok || err != nil {
+				t.Errorf("%s %q: %v, %v", name, payload, ok, err)
+			}
+		}
 	}
 }
 

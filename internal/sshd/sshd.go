@@ -1,5 +1,5 @@
 // Package sshd is the SSH server: the user name of a connection names a shed,
-// and its sessions run commands there.
+// in which its sessions run commands and its forwarded connections begin or end.
 //
 // Who may log in is decided by public keys alone, and before any shed is looked up: a
 // stranger can't learn which names exist.
@@ -10,9 +10,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
+	"net/netip"
+	"os"
+	"slices"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -34,29 +37,35 @@ type Server struct {
 	sheds  shed.Sheds
 	log    *slog.Logger
 	keys   *keyring
+	gate   gate
 	config *ssh.ServerConfig
 
 	handshakeTimeout time.Duration // from connect to the end of authentication
-	maxHandshakes    int           // connections that aren't authenticated yet
 	maxChannels      int           // of one connection
+	maxListeners     int           // of one connection
 	keepAlive        time.Duration // between two requests for a sign of life
+	keyCheck         time.Duration // between two looks at the keys of open connections
+
+	mu    sync.Mutex
+	conns map[*connection]struct{} // that are logged in
 }
 
 const (
 	maxAuthTries = 6
 
-	// maxMissed is for how many keep-alive intervals a silent client is kept: long enough
-	// for a laptop or an ssh client that was suspended for a moment.
-	maxMissed = 10
+	// maxMissed is for how many keep-alive intervals a silent client is kept.
+	maxMissed = 3
 
 	keepAliveRequest = "keepalive@openssh.com"
 )
 
-// Extensions that authentication leaves with a connection.
-const (
-	extFingerprint = "shed-key-fingerprint"
-	extNoPTY       = "shed-no-pty"
-)
+// login is what authentication leaves with a connection, as loginKey in its ExtraData.
+type login struct {
+	key    ssh.PublicKey
+	rights rights
+}
+
+type loginKey struct{}
 
 // New returns a Server. Literal lines of c.AuthorizedKeys that can't be used are logged.
 func New(c Config) *Server {
@@ -68,25 +77,30 @@ func New(c Config) *Server {
 		sheds:            c.Sheds,
 		log:              log,
 		keys:             newKeyring(c.AuthorizedKeys, log),
+		gate:             gate{max: 100, maxPerSource: 50, burst: 30 * time.Second},
 		handshakeTimeout: 30 * time.Second,
-		maxHandshakes:    100,
 		maxChannels:      10_000,
-		keepAlive:        30 * time.Second,
+		maxListeners:     250,
+		keepAlive:        15 * time.Second,
+		keyCheck:         time.Second,
+		conns:            map[*connection]struct{}{},
 	}
 	s.config = &ssh.ServerConfig{
 		ServerVersion: "SSH-2.0-shed",
 		MaxAuthTries:  maxAuthTries,
 		PublicKeyCallback: func(meta ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
-			e, err := s.keys.authorize(meta.RemoteAddr(), key)
+			r, err := s.keys.authorize(meta.User(), meta.RemoteAddr(), key)
 			if err != nil {
 				return nil, err
 			}
-			ext := map[string]string{extFingerprint: ssh.FingerprintSHA256(key)}
-			if e.noPTY {
-				ext[extNoPTY] = ""
-			}
-			return &ssh.Permissions{Extensions: ext}, nil
+			return &ssh.Permissions{ExtraData: map[any]any{loginKey{}: login{key, r}}}, nil
 		},
+	}
+	s.config.AuthLogCallback = func(meta ssh.ConnMetadata, method string, err error) {
+		if err != nil && method != "none" { // with which clients ask for the methods
+			log.Debug("SSH login attempt failed", "remote", meta.RemoteAddr().String(),
+				"user", fmt.Sprintf("%.80s", meta.User()), "err", fmt.Sprintf("%.500s", err.Error()))
+		}
 	}
 	s.config.AddHostKey(c.HostKey)
 	return s
@@ -103,8 +117,8 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer cancel()
 	defer l.Close()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
+	conns.Go(func() { s.watchKeys(ctx) })
 
-	handshakes := make(chan struct{}, s.maxHandshakes)
 	for {
 		conn, err := l.Accept()
 		switch {
@@ -121,16 +135,15 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		default:
 			return fmt.Errorf("accept SSH connections on %s: %w", l.Addr(), err)
 		}
-		select {
-		case handshakes <- struct{}{}:
-			conns.Go(func() {
-				s.serveConn(ctx, conn, sync.OnceFunc(func() { <-handshakes }))
-			})
-		default:
-			s.log.Warn("SSH connection dropped: too many are not authenticated yet",
-				"remote", conn.RemoteAddr().String(), "limit", s.maxHandshakes)
+		src := sourceOf(conn.RemoteAddr())
+		if reason := s.gate.enter(src); reason != "" {
+			s.log.Info("SSH connection dropped", "remote", conn.RemoteAddr().String(), "reason", reason)
+			conn.SetWriteDeadline(time.Now().Add(time.Second))
+			conn.Write([]byte("Not allowed at this time\r\n"))
 			conn.Close()
+			continue
 		}
+		conns.Go(func() { s.serveConn(ctx, conn, src) })
 	}
 }
 
@@ -145,92 +158,82 @@ func isTemporary(err error) bool {
 	return false
 }
 
-// serveConn serves nc to its end. It calls decided, maybe twice, when it is known
-// whether the client may log in.
-func (s *Server) serveConn(ctx context.Context, nc net.Conn, decided func()) {
-	defer decided()
+// serveConn serves nc, which has passed the gate, to its end.
+func (s *Server) serveConn(ctx context.Context, nc net.Conn, src netip.Prefix) {
 	defer nc.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { nc.Close() })()
 
 	log := s.log.With("remote", nc.RemoteAddr().String())
-	if tcp, ok := nc.(*net.TCPConn); ok {
-		if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{
-			Enable: true, Idle: s.keepAlive, Interval: s.keepAlive, Count: maxMissed,
-		}); err != nil {
-			log.Debug("SSH connection without TCP keep-alive", "err", err)
-		}
+	heard := &timedConn{Conn: nc}
+	conn, channels, requests, err := s.handshake(heard)
+	penalty := penaltyOf(err)
+	if ctx.Err() != nil {
+		penalty = 0
 	}
-	nc.SetDeadline(time.Now().Add(s.handshakeTimeout))
-	conn, channels, requests, err := ssh.NewServerConn(nc, s.config)
+	if s.gate.leave(src, penalty) {
+		log.Warn("too many SSH logins of this source have failed; it is barred for a while", "source", src.String())
+	}
 	if err != nil {
 		level := slog.LevelDebug // port scanners, health checks
-		var authErr *ssh.ServerAuthError
-		if errors.As(err, &authErr) {
+		if penalty == penaltyLogin {
 			level = slog.LevelInfo
 		}
 		log.Log(ctx, level, "SSH login failed", "err", fmt.Sprintf("%.1000s", err.Error()))
 		return
 	}
-	nc.SetDeadline(time.Time{})
-	decided()
 
-	ext := conn.Permissions.Extensions
+	granted := conn.Permissions.ExtraData[loginKey{}].(login)
 	log = log.With("user", fmt.Sprintf("%.80s", conn.User()))
-	log.Info("SSH login", "key", ext[extFingerprint])
+	log.Info("SSH login", "key", ssh.FingerprintSHA256(granted.key))
 	defer log.Info("SSH connection ended")
 
-	var parts sync.WaitGroup
-	defer parts.Wait()
-	defer conn.Close()
-	parts.Go(func() {
-		for req := range requests {
-			req.Reply(req.Type == keepAliveRequest, nil)
-		}
-	})
-	parts.Go(func() { s.watch(ctx, conn, log) })
-	defer cancel()
-
-	_, noPTY := ext[extNoPTY]
-	var open atomic.Int64
-	for nch := range channels {
-		if reason, message := s.refusal(nch.ChannelType(), int(open.Load())); reason != 0 {
-			log.Info("SSH channel refused", "type", fmt.Sprintf("%.80s", nch.ChannelType()), "reason", message)
-			nch.Reject(reason, message)
-			continue
-		}
-		ch, reqs, err := nch.Accept()
-		if err != nil {
-			continue // the connection is lost, which ends the loop
-		}
-		open.Add(1)
-		parts.Go(func() {
-			defer open.Add(-1)
-			newSession(s.sheds, conn.User(), noPTY, ch, log).serve(ctx, reqs)
-		})
-	}
+	c := &connection{s: s, conn: conn, heard: heard, key: granted.key, log: log, listeners: map[string]net.Conn{}}
+	c.rights.Store(&granted.rights)
+	s.mu.Lock()
+	s.conns[c] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.conns, c)
+		s.mu.Unlock()
+	}()
+	c.serve(ctx, channels, requests)
 }
 
-// refusal returns why a channel can't be opened where open others are; reason is 0 if it can.
-func (s *Server) refusal(channelType string, open int) (reason ssh.RejectionReason, message string) {
-	switch channelType {
-	case "session":
-		if open >= s.maxChannels {
-			return ssh.ResourceShortage, fmt.Sprintf("a connection can have %d channels at most", s.maxChannels)
+// handshake does all until the client is logged in, or isn't.
+func (s *Server) handshake(nc *timedConn) (*ssh.ServerConn, <-chan ssh.NewChannel, <-chan *ssh.Request, error) {
+	if tcp, ok := nc.Conn.(*net.TCPConn); ok {
+		if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{
+			Enable: true, Idle: s.keepAlive, Interval: s.keepAlive, Count: maxMissed,
+		}); err != nil {
+			s.log.Debug("SSH connection without TCP keep-alive", "err", err)
 		}
-		return 0, ""
-	case "direct-tcpip", "direct-streamlocal@openssh.com":
-		return ssh.Prohibited, "this server does not forward connections"
+	}
+	nc.SetDeadline(time.Now().Add(s.handshakeTimeout))
+	defer nc.SetDeadline(time.Time{})
+	return ssh.NewServerConn(nc, s.config)
+}
+
+// penaltyOf returns what a handshake costs that ended with err.
+func penaltyOf(err error) time.Duration {
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, new(*ssh.ServerAuthError)):
+		return penaltyLogin
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return penaltySilent
 	default:
-		return ssh.UnknownChannelType, "this server only knows channels of type session"
+		return penaltyBroken
 	}
 }
 
-// watch closes conn when the client gives no sign of life any more, and returns when
-// ctx is done or conn has ended.
-func (s *Server) watch(ctx context.Context, conn ssh.Conn, log *slog.Logger) {
-	tick := time.NewTicker(s.keepAlive)
+// watchKeys ends connections whose key may no longer log in, and gives the others what
+// rights theirs have now, until ctx is done.
+func (s *Server) watchKeys(ctx context.Context) {
+	tick := time.NewTicker(s.keyCheck)
 	defer tick.Stop()
 	for {
 		select {
@@ -238,15 +241,15 @@ func (s *Server) watch(ctx context.Context, conn ssh.Conn, log *slog.Logger) {
 			return
 		case <-tick.C:
 		}
-		dead := time.AfterFunc(maxMissed*s.keepAlive, func() {
-			log.Info("SSH client does not answer, giving it up", "after", maxMissed*s.keepAlive)
-			conn.Close()
-		})
-		// Any answer will do: most clients refuse this request.
-		_, _, err := conn.SendRequest(keepAliveRequest, true, nil)
-		dead.Stop()
-		if err != nil {
-			return
+		s.mu.Lock()
+		conns := slices.Collect(maps.Keys(s.conns))
+		s.mu.Unlock()
+		if len(conns) == 0 {
+			continue
+		}
+		lines := s.keys.current()
+		for _, c := range conns {
+			c.checkKey(lines)
 		}
 	}
 }

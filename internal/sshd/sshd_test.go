@@ -33,8 +33,45 @@ import (
 // "deaf", whose commands never read what is sent to them, and one that can't be started.
 type localSheds struct {
 	shed.Sheds
-	ended chan struct{} // receives whenever a command has ended
-	execs sync.WaitGroup
+	ended    chan struct{} // receives whenever a command has ended
+	execs    sync.WaitGroup
+	accepted agent.Acceptances
+}
+
+func (l *localSheds) Dial(ctx context.Context, name string, to shed.Endpoint) (net.Conn, error) {
+	if name != "box" {
+		return nil, shed.Errorf(shed.CodeNotFound, "no shed named %q", name)
+	}
+	if to.Network == "accepted" {
+		return l.accepted.Take(to.Address)
+	}
+	return (&net.Dialer{}).DialContext(ctx, to.Network, to.Address)
+}
+
+func (l *localSheds) Listen(_ context.Context, name string, on shed.Endpoint) (net.Conn, error) {
+	if name != "box" {
+		return nil, shed.Errorf(shed.CodeNotFound, "no shed named %q", name)
+	}
+	dir := ""
+	if on.Network == "unix" && on.Address == "" {
+		var err error
+		if dir, err = os.MkdirTemp("", "agent"); err != nil {
+			return nil, err
+		}
+		on.Address = dir + "/s"
+	}
+	listener, err := net.Listen(on.Network, on.Address)
+	if err != nil {
+		return nil, err
+	}
+	host, guest := net.Pipe()
+	l.execs.Go(func() {
+		l.accepted.Serve(guest, listener)
+		if dir != "" {
+			os.RemoveAll(dir)
+		}
+	})
+	return host, nil
 }
 
 func (l *localSheds) Exec(_ context.Context, name string, cmd shed.Command) (net.Conn, error) {
@@ -79,6 +116,9 @@ func serveExec(conn net.Conn, cmd shed.Command) {
 	if cmd.Login {
 		c = exec.Command("/bin/sh")
 		c.Args[0] = "-sh"
+	}
+	if cmd.Subsystem != "" {
+		c = exec.Command("echo", "subsystem", cmd.Subsystem)
 	}
 	c.Env = append(os.Environ(), cmd.Env...)
 	var stdin io.WriteCloser
@@ -338,13 +378,18 @@ func (ts *testServer) mustDial(user string) *ssh.Client {
 // memoryKey makes a key that is in no file.
 func memoryKey(t *testing.T) ssh.Signer {
 	t.Helper()
-	_, key, err := ed25519.GenerateKey(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := ssh.NewSignerFromKey(key)
+	s, err := ssh.NewSignerFromKey(newPrivateKey(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s
+}
+
+func newPrivateKey(t *testing.T) ed25519.PrivateKey {
+	t.Helper()
+	_, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
 }

@@ -5,7 +5,6 @@ package guest
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/signal"
 	"strings"
@@ -39,6 +38,7 @@ type machine struct {
 	envs    loginEnvs
 
 	commands atomic.Int32 // that are being started or run
+	accepted agent.Acceptances
 }
 
 // awaitNetwork waits until the network is there, without which nothing should start that may use it.
@@ -92,8 +92,10 @@ func (m *machine) handle(s *agent.Stream) {
 		m.exec(s, *req.Exec)
 		return
 	case req.Dial != nil:
-		m.awaitNetwork()
-		dial(s, *req.Dial)
+		m.dial(s, *req.Dial)
+		return
+	case req.Listen != nil:
+		m.listen(s, *req.Listen)
 		return
 	}
 	var err error
@@ -180,20 +182,4 @@ func endUser() {
 		time.Sleep(50 * time.Millisecond)
 	}
 	os.WriteFile(userCgroup+"/cgroup.kill", []byte("1"), 0)
-}
-
-// dial connects the stream with an address inside the machine.
-func dial(s *agent.Stream, req agent.Dial) {
-	conn, err := net.Dial(req.Network, req.Address)
-	if err != nil {
-		agent.WriteMessage(s, agent.Reply{Error: err.Error()})
-		s.Close()
-		return
-	}
-	defer conn.Close()
-	if err := agent.WriteMessage(s, agent.Reply{}); err != nil {
-		s.Reset()
-		return
-	}
-	agent.Splice(s, conn)
 }

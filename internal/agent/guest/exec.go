@@ -167,13 +167,18 @@ func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
 		SysProcAttr: &syscall.SysProcAttr{Credential: a.credential(), Setsid: true},
 		Dir:         a.workDir(c.Dir, startDirs(*setup, isProgram)...),
 	}
+	if c.Subsystem != "" && c.Dir == "" {
+		cmd.Dir = a.workDir("")
+	}
 	if fi, err := os.Stat(cmd.Dir); err != nil || !fi.IsDir() {
 		return nil, fmt.Errorf("the directory %s isn't in the shed", cmd.Dir)
 	}
 	if !a.mayEnter(cmd.Dir) {
 		return nil, fmt.Errorf("the directory %s, for the user %s: %w", cmd.Dir, a.name, os.ErrPermission)
 	}
-	if isProgram {
+	if c.Subsystem != "" {
+		cmd.Path, cmd.Args, cmd.Env = selfExe, []string{sftpName}, base.with(own...)
+	} else if isProgram {
 		env := m.envs.get(a, base)
 		env = env.with("PATH=" + mergePath(env.get("PATH"), environ(setup.Image.Env).get("PATH"))).with(own...)
 		cmd.Env = env

@@ -1,6 +1,6 @@
 //go:build linux
 
-// Package guest is the agent: the first program in every VM. It runs in three
+// Package guest is the agent: the first program in every VM. It runs in four
 // roles, told apart by how it is called.
 //
 // As init, PID 1 of the initramfs, it makes what programs expect of a
@@ -10,6 +10,8 @@
 //
 // As agent ("@shed-agent") it answers the host. systemd takes the leading @ for
 // what it says in https://systemd.io/ROOT_STORAGE_DAEMONS: not to be killed at shutdown.
+//
+// As sftp server ("shed-sftp") it serves files to one client, with the rights of a user.
 //
 // As shutdown it is what systemd-shutdown runs last, from /run/initramfs (see
 // systemd's bootup(7)): it unmounts what only now can be unmounted.
@@ -34,6 +36,8 @@ func Main() {
 	switch {
 	case os.Args[0] == agentName:
 		err = runAgent()
+	case os.Args[0] == sftpName:
+		err = runSFTP()
 	case filepath.Base(os.Args[0]) == "shutdown":
 		err = runShutdown(os.Args[1:])
 	case os.Getpid() == 1:

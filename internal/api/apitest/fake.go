@@ -27,6 +27,10 @@ type Fake struct {
 	Before func(ctx context.Context, op, name string, p shed.Progress) error
 	// Run is the command that runs behind Exec. It should end when in does.
 	Run func(cmd shed.Command, in *agent.FrameReader, out *agent.FrameWriter) shed.ExitStatus
+	// Connect is what Dial does, other than picking up what a listener has accepted.
+	Connect func(ctx context.Context, to shed.Endpoint) (net.Conn, error)
+	// Bind listens for Listen.
+	Bind func(ctx context.Context, on shed.Endpoint) (net.Listener, error)
 	// Log is what Logs returns.
 	Log func(ctx context.Context, follow bool) io.ReadCloser
 	// Archive is what Save writes, instead of the names.
@@ -39,6 +43,7 @@ type Fake struct {
 	images   []*shed.Image
 	built    shed.BuildOptions
 	commands sync.WaitGroup
+	accepted agent.Acceptances
 }
 
 var (
@@ -54,7 +59,7 @@ func (f *Fake) Add(sh shed.Shed) {
 	slices.SortFunc(f.sheds, func(a, b *shed.Shed) int { return strings.Compare(a.Name, b.Name) })
 }
 
-// WaitCommands returns when no command runs.
+// WaitCommands returns when no command runs and nothing listens.
 func (f *Fake) WaitCommands() { f.commands.Wait() }
 
 // Ack tells the client that the command has taken n bytes of stdin. A Run must.
@@ -197,4 +202,42 @@ func (f *Fake) Exec(ctx context.Context, name string, cmd shed.Command) (net.Con
 		}
 	})
 	return host, nil
+}
+
+func (f *Fake) Dial(ctx context.Context, name string, to shed.Endpoint) (net.Conn, error) {
+	if err := f.reach(ctx, "dial", name, to); err != nil {
+		return nil, err
+	}
+	if to.Network != "accepted" {
+		return f.Connect(ctx, to)
+	}
+	conn, err := f.accepted.Take(to.Address)
+	if err != nil {
+		return nil, shed.Errorf(shed.CodeConnect, "in shed %q: %w", name, err)
+	}
+	return conn, nil
+}
+
+func (f *Fake) Listen(ctx context.Context, name string, on shed.Endpoint) (net.Conn, error) {
+	if err := f.reach(ctx, "listen", name, on); err != nil {
+		return nil, err
+	}
+	l, err := f.Bind(ctx, on)
+	if err != nil {
+		return nil, shed.Errorf(shed.CodeConnect, "in shed %q: %w", name, err)
+	}
+	host, guest := net.Pipe()
+	f.commands.Go(func() { f.accepted.Serve(guest, l) })
+	return host, nil
+}
+
+func (f *Fake) reach(ctx context.Context, op, name string, at shed.Endpoint) error {
+	if err := f.begin(ctx, op, name, nil); err != nil {
+		return err
+	}
+	if err := at.Validate(); err != nil {
+		return err
+	}
+	_, err := f.Start(ctx, name, nil)
+	return err
 }
