@@ -73,13 +73,27 @@ func holdsLock(pid int, lock os.FileInfo) bool {
 // killKeeper ends the keeper of a run directory with SIGKILL, however it fares, and returns when
 // it has ended. Where there is none, that is no error.
 func killKeeper(run string) error {
+	// One that is ending already has the lock for a moment longer than it can be found by it.
+	for deadline := time.Now().Add(lockPatience); ; time.Sleep(time.Millisecond) {
+		found, err := killHolder(run)
+		if found || err != nil || !locked(run) {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return errors.New("the process that holds its lock can't be found")
+		}
+	}
+}
+
+// killHolder is killKeeper for a keeper that can be found.
+func killHolder(run string) (found bool, err error) {
 	lock, err := os.Stat(filepath.Join(run, lockFile))
 	if err != nil {
-		return err
+		return false, err
 	}
 	procs, err := os.ReadDir("/proc")
 	if err != nil {
-		return err
+		return false, err
 	}
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
@@ -88,18 +102,18 @@ func killKeeper(run string) error {
 		}
 		pidfd, err := unix.PidfdOpen(pid, 0)
 		if errors.Is(err, unix.ESRCH) {
-			return nil
+			return true, nil
 		}
 		if err != nil {
-			return fmt.Errorf("pidfd_open of the keeper: %w", err)
+			return true, fmt.Errorf("pidfd_open of the keeper: %w", err)
 		}
 		defer unix.Close(pidfd)
 		// The pid may have become another process's before the descriptor held on to it.
 		if !holdsLock(pid, lock) {
-			return nil
+			return true, nil
 		}
 		if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-			return fmt.Errorf("killing the keeper: %w", err)
+			return true, fmt.Errorf("killing the keeper: %w", err)
 		}
 		for {
 			n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(answerTimeout.Milliseconds()))
@@ -107,13 +121,10 @@ func killKeeper(run string) error {
 			case errors.Is(err, unix.EINTR):
 				continue
 			case err == nil && n == 0:
-				return fmt.Errorf("the keeper, process %d, was killed and did not end within %v", pid, answerTimeout)
+				return true, fmt.Errorf("the keeper, process %d, was killed and did not end within %v", pid, answerTimeout)
 			}
-			return err
+			return true, err
 		}
 	}
-	if locked(run) {
-		return errors.New("the process that holds its lock can't be found")
-	}
-	return nil
+	return false, nil
 }

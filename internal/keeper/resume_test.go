@@ -197,6 +197,10 @@ func TestStopWithAFrozenKeeper(t *testing.T) {
 			if err := <-watched; err != nil {
 				t.Errorf("the watcher: %v", err)
 			}
+			// It may have come while the machine was ending; then its keeper has nothing to keep.
+			if err := c.waitEnd(t.Context()); err != nil {
+				t.Error(err)
+			}
 			b.nothingRuns()
 			if n := b.boots(); n != 1 {
 				t.Errorf("%d boots, want 1", n)
