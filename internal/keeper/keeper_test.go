@@ -159,9 +159,8 @@ func TestMachineEndsByItself(t *testing.T) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if err := agent.Call(b.Context(), conn, agent.Request{PowerOff: &agent.PowerOff{}}); err != nil {
-			b.Fatal(err)
-		}
+		// The machine may end before its answer is out.
+		agent.Call(b.Context(), conn, agent.Request{PowerOff: &agent.PowerOff{}})
 		conn.Close()
 	}
 	for name, tt := range map[string]struct {
