@@ -324,7 +324,8 @@ func (e *Engine) keeperConfig(ctx context.Context, rec state.Record, p shed.Prog
 
 // imageError adds to an error about an image's files, unless it suggests something itself, what to try.
 func imageError(ctx context.Context, rec state.Record, err error) error {
-	if ctx.Err() != nil || shed.ErrorHint(err) != "" || shed.ErrorCode(err) != shed.CodeInternal {
+	code := shed.ErrorCode(err)
+	if ctx.Err() != nil || shed.ErrorHint(err) != "" || code != shed.CodeInternal && code != shed.CodeInvalid {
 		return err
 	}
 	return shed.Errorf(shed.CodeInternal, "%w", err).

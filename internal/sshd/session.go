@@ -304,9 +304,10 @@ func (s *session) print(cmd shed.Command, lines string) {
 	io.WriteString(s.ch.Stderr(), lines)
 }
 
-// exit ends the output and tells the client how the command ended.
+// exit tells the client how the command ended and ends the output, in this order: a client may
+// close the channel as soon as the output has ended, and nothing can be sent on it from then on.
 func (s *session) exit(status shed.ExitStatus) {
-	s.ch.CloseWrite()
+	defer s.ch.CloseWrite()
 	if slices.Contains(signals, status.Signal) {
 		s.ch.SendRequest("exit-signal", false, ssh.Marshal(struct {
 			Name       string

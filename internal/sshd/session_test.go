@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -34,45 +33,6 @@ func TestExec(t *testing.T) {
 	} {
 		if got := ts.box(c.script); got != c.want {
 			t.Errorf("%s: %+v", c.script, got)
-		}
-	}
-}
-
-// All that a command wrote is delivered before its end is, even to a client that
-// takes the last byte long after the command has ended.
-func TestOutputBeforeExit(t *testing.T) {
-	ts := newTestServer(t)
-	client := ts.mustDial("box")
-	const window = 2 << 20 // of Go's client
-	for range 3 {
-		ch, reqs, err := client.OpenChannel("session", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var ends []string
-		read := make(chan struct{})
-		go func() {
-			defer close(read)
-			for req := range reqs {
-				ends = append(ends, req.Type)
-			}
-		}()
-		script := fmt.Sprintf("head -c %d /dev/zero; exit 3", window+1)
-		if ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ S string }{script})); !ok || err != nil {
-			t.Fatal(ok, err)
-		}
-		<-ts.sheds.ended
-		for range 50 { // gives a server that would not wait the time for it
-			if _, _, err := client.SendRequest("keepalive@openssh.com", true, nil); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if n, err := io.Copy(io.Discard, ch); n != window+1 || err != nil {
-			t.Errorf("%d bytes, %v", n, err)
-		}
-		<-read
-		if len(ends) != 1 || ends[0] != "exit-status" {
-			t.Errorf("the end: %v", ends)
 		}
 	}
 }
