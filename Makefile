@@ -12,6 +12,9 @@ CACHE := $(CURDIR)/.test/cache
 
 FUZZTIME ?= 10s
 
+# Such as -image full, for the figures of that image.
+BENCHFLAGS ?=
+
 .PHONY: help
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,8 +60,8 @@ fuzz: ## Run each fuzz target for FUZZTIME (10s)
 
 .PHONY: bench
 bench: build ## Measure what users wait for
-	@scripts/deps
-	go run ./test/bench
+	@scripts/deps bench
+	go run ./test/bench $(BENCHFLAGS)
 
 .PHONY: clean
 clean: ## Remove what was built and what tests keep
