@@ -47,9 +47,10 @@ func (a Accel) option() string {
 
 // cmdline is the kernel's command line.
 func (a Accel) cmdline() string {
-	// The guest ends QEMU by a power-off or, with -no-reboot, a reset by triple fault. Where the
-	// kernel has AppArmor, Docker fails unless the image has its tools; without, SELinux would come in its place.
-	s := "console=" + console + " quiet reboot=t panic=-1 apparmor=0 selinux=0 rdinit=/init" + archCmdline
+	// The guest ends QEMU by a power-off or, with -no-reboot, a reset by triple fault. The security modules are
+	// those without a policy of their own to load: where the kernel has AppArmor, Docker fails unless the image
+	// has its tools, and without it SELinux comes in its place.
+	s := "console=" + console + " quiet reboot=t panic=-1 lsm=landlock,lockdown,yama,integrity,bpf rdinit=/init" + archCmdline
 	if a == TCG {
 		// Measuring the TSC against emulated timers hangs at times. Told the frequency of the
 		// time stamp counter and of the delay loop, the kernel measures nothing.
