@@ -115,6 +115,31 @@ func (p Progress) Phase(phase, message string) (done func()) {
 	return func() { p.Report(Event{Phase: phase, Done: true, Elapsed: time.Since(start)}) }
 }
 
+// Reader returns r with the bytes that are read from it reported every few MB: as e, whose Current
+// they are added to.
+func (p Progress) Reader(r io.Reader, e Event) io.Reader {
+	e.Unit = "bytes"
+	return &countingReader{r: r, p: p, e: e}
+}
+
+type countingReader struct {
+	r        io.Reader
+	p        Progress
+	e        Event
+	reported int64 // steps
+}
+
+func (c *countingReader) Read(b []byte) (int, error) {
+	const step = 4 << 20
+	n, err := c.r.Read(b)
+	c.e.Current += int64(n)
+	if at := c.e.Current / step; at != c.reported {
+		c.reported = at
+		c.p.Report(c.e)
+	}
+	return n, err
+}
+
 // Size is the size of a terminal in cells.
 type Size struct {
 	Rows uint16 `json:"rows"`

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -50,6 +51,8 @@ func TestScripts(t *testing.T) {
 			"eventually":  cmdEventually,
 			"wait-status": cmdWaitStatus,
 			"kill-pid-of": cmdKill,
+			"freeze":      cmdSignal(syscall.SIGSTOP),
+			"thaw":        cmdSignal(syscall.SIGCONT),
 			"no-machine":  cmdNoMachine,
 			"capture":     cmdCapture,
 			"small-disk":  cmdSmallDisk,
@@ -220,6 +223,18 @@ func cmdKill(ts *testscript.TestScript, neg bool, args []string) {
 	p, err := s.findProcess(args[0], args[1])
 	ts.Check(err)
 	ts.Check(s.killProcess(p))
+}
+
+// cmdSignal is freeze or thaw vmm|keeper NAME, with the signal that does it.
+func cmdSignal(sig syscall.Signal) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		if len(args) != 2 || neg {
+			ts.Fatalf("usage: freeze|thaw vmm|keeper NAME")
+		}
+		p, err := scriptServer(ts).findProcess(args[0], args[1])
+		ts.Check(err)
+		ts.Check(syscall.Kill(p.pid, sig))
+	}
 }
 
 // cmdNoMachine is no-machine NAME..., which fails if a process of these sheds runs.

@@ -24,7 +24,6 @@ var version = "dev"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
@@ -112,37 +111,35 @@ func command() *cobra.Command {
 		return usageError{shed.Errorf(shed.CodeInvalid, "%w", err).WithHint("see: %s --help", cmd.CommandPath())}
 	})
 	var configFile string
+	// configured adapts f, which needs the configuration, to cobra.
+	configured := func(f func(cmd *cobra.Command, cfg config) error) func(*cobra.Command, []string) error {
+		return func(cmd *cobra.Command, _ []string) error {
+			cfg, err := loadConfig(configFile)
+			if err != nil {
+				return err
+			}
+			return f(cmd, cfg)
+		}
+	}
 	root.PersistentFlags().StringVarP(&configFile, "config", "c", "", "configuration `file` (default: the first of ./server.yaml, ~/.config/shed/server.yaml, /etc/shed/server.yaml)")
 	root.AddCommand(
 		&cobra.Command{
 			Use: "serve", Short: "Serve the HTTP API and SSH until interrupted; sheds run on", Args: arguments(0),
-			RunE: func(cmd *cobra.Command, _ []string) error {
-				cfg, err := loadConfig(configFile)
-				if err != nil {
-					return err
-				}
+			RunE: configured(func(cmd *cobra.Command, cfg config) error {
 				return serve(cmd.Context(), cfg)
-			},
+			}),
 		},
 		&cobra.Command{
 			Use: "doctor", Short: "Check what this machine has to offer, and say what to do about what is missing", Args: arguments(0),
-			RunE: func(cmd *cobra.Command, _ []string) error {
-				cfg, err := loadConfig(configFile)
-				if err != nil {
-					return err
-				}
+			RunE: configured(func(cmd *cobra.Command, cfg config) error {
 				return doctor(cmd.Context(), cfg, cmd.OutOrStdout())
-			},
+			}),
 		},
 		&cobra.Command{
 			Use: "pull-images", Short: "Pull the images that the configuration names", Args: arguments(0),
-			RunE: func(cmd *cobra.Command, _ []string) error {
-				cfg, err := loadConfig(configFile)
-				if err != nil {
-					return err
-				}
+			RunE: configured(func(cmd *cobra.Command, cfg config) error {
 				return pullImages(cmd.Context(), cfg, cmd.OutOrStdout(), cmd.ErrOrStderr())
-			},
+			}),
 		},
 		&cobra.Command{
 			Use: "keep DIR", Short: "Run the machine of one shed (used by serve)", Hidden: true, Args: arguments(1),

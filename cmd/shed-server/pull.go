@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/api"
@@ -48,9 +47,7 @@ func pullImages(ctx context.Context, cfg config, stdout, stderr io.Writer) error
 func openPuller(cfg config) (images puller, done func(), err error) {
 	dir, err := state.Open(cfg.StateDir)
 	if shed.ErrorCode(err) == shed.CodeConflict { // a server runs
-		client := api.NewClient(func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", cfg.Socket)
-		}, "the server at "+cfg.Socket)
+		client := api.NewUnixClient(cfg.Socket, "the server at "+cfg.Socket)
 		return client, client.Close, nil
 	}
 	if err != nil {

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"strings"
-	"time"
 	"unicode"
 
 	"github.com/charliek/shed"
@@ -42,6 +41,17 @@ func (c *cli) action(f func(ctx context.Context, args []string) error) func(*cob
 	}
 }
 
+// withServer is action for what needs the server that --server names, or the default one.
+func (c *cli) withServer(f func(ctx context.Context, client *api.Client, args []string) error) func(*cobra.Command, []string) error {
+	return c.action(func(ctx context.Context, args []string) error {
+		client, err := c.connect("")
+		if err != nil {
+			return err
+		}
+		return f(ctx, client, args)
+	})
+}
+
 func (c *cli) close() {
 	for _, client := range c.clients {
 		client.Close()
@@ -60,11 +70,11 @@ func (c *cli) connect(name string) (*api.Client, error) {
 	if name == "" {
 		name = c.server
 	}
-	dial, label, err := c.config.dialer(name)
+	socket, label, err := c.config.socket(name)
 	if err != nil {
 		return nil, err
 	}
-	client := api.NewClient(dial, label)
+	client := api.NewUnixClient(socket, label)
 	if c.verbose > 0 {
 		c.message("using %s", label)
 		client.Trace = func(line string) { c.message("%s", line) }
@@ -143,6 +153,12 @@ func (c *cli) message(format string, args ...any) {
 	fmt.Fprintln(c.err, printable(fmt.Sprintf(format, args...)))
 }
 
+// printLine writes one line to stdout.
+func (c *cli) printLine(line string) error {
+	_, err := fmt.Fprintln(c.out, printable(line))
+	return err
+}
+
 // printJSON writes the one document of --json.
 func (c *cli) printJSON(v any) error {
 	enc := json.NewEncoder(c.out)
@@ -204,23 +220,4 @@ func terminal(stream any) (fd int, ok bool) {
 func (c *cli) color() bool {
 	_, tty := terminal(c.err)
 	return tty && !c.noColor && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
-}
-
-// completeNames completes names of sheds.
-func (c *cli) completeNames(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
-	ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
-	defer cancel()
-	client, err := c.connect("")
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	sheds, err := client.List(ctx)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	var names []string
-	for _, sh := range sheds {
-		names = append(names, sh.Name)
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
 }

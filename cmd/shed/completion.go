@@ -3,7 +3,10 @@ package main
 import (
 	"context"
 	"strings"
+	"time"
 
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/api"
 	"github.com/spf13/cobra"
 )
 
@@ -34,4 +37,33 @@ func newCompletion(c *cli) *cobra.Command {
 		return usageError(cmd, "no completion for %q: there is %s", args[0], strings.Join(shells, ", "))
 	})
 	return cmd
+}
+
+// completeNames completes names of sheds.
+func (c *cli) completeNames(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	return complete(c, cmd, (*api.Client).List, func(sh *shed.Shed) string { return sh.Name })
+}
+
+// completeImages completes names of images.
+func (c *cli) completeImages(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	return complete(c, cmd, (*api.Client).Images, imageName)
+}
+
+// complete returns the names of what list does, as long as the server doesn't let people wait.
+func complete[T any](c *cli, cmd *cobra.Command, list func(*api.Client, context.Context) ([]T, error), name func(T) string) ([]string, cobra.ShellCompDirective) {
+	ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
+	defer cancel()
+	client, err := c.connect("")
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	all, err := list(client, ctx)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, v := range all {
+		names = append(names, name(v))
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
 }

@@ -1,12 +1,10 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -83,9 +81,9 @@ func (c *config) find(name string) (serverConfig, error) {
 	return s, err
 }
 
-// dialer returns how to reach the server called name, and what to call it. ""
+// socket returns where the server called name listens, and what to call it. ""
 // means the default server, or the only one, or the local one if none is configured.
-func (c *config) dialer(name string) (dial func(context.Context) (net.Conn, error), label string, err error) {
+func (c *config) socket(name string) (path, label string, err error) {
 	if name == "" {
 		name = c.DefaultServer
 	}
@@ -95,31 +93,27 @@ func (c *config) dialer(name string) (dial func(context.Context) (net.Conn, erro
 	}
 	if name == "" {
 		if len(c.Servers) > 0 {
-			return nil, "", shed.Errorf(shed.CodeInvalid, "%s has several servers and no default_server", c.path).
+			return "", "", shed.Errorf(shed.CodeInvalid, "%s has several servers and no default_server", c.path).
 				WithHint("choose one with --server: %s", strings.Join(slices.Sorted(maps.Keys(c.Servers)), ", "))
 		}
-		socket := api.DefaultSocket()
-		return unixDialer(socket), "the server at " + socket, nil
+		path = api.DefaultSocket()
+		return path, "the server at " + path, nil
 	}
 	s, err := c.find(name)
 	if err != nil {
-		return nil, "", err
+		return "", "", err
 	}
 	if s.Host != "" {
-		return nil, "", shed.Errorf(shed.CodeUnsupported, "server %q is on another machine (host: %s): only servers with socket: can be reached", name, s.Host).
+		return "", "", shed.Errorf(shed.CodeUnsupported, "server %q is on another machine (host: %s): only servers with socket: can be reached", name, s.Host).
 			WithHint("run shed on %s itself", s.Host)
 	}
-	socket := s.Socket
-	if rest, ok := strings.CutPrefix(socket, "~/"); ok {
+	path = s.Socket
+	if rest, ok := strings.CutPrefix(path, "~/"); ok {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return nil, "", fmt.Errorf("server %q: %w", name, err)
+			return "", "", fmt.Errorf("server %q: %w", name, err)
 		}
-		socket = filepath.Join(home, rest)
+		path = filepath.Join(home, rest)
 	}
-	return unixDialer(socket), fmt.Sprintf("server %q at %s", name, socket), nil
-}
-
-func unixDialer(path string) func(context.Context) (net.Conn, error) {
-	return func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }
+	return path, fmt.Sprintf("server %q at %s", name, path), nil
 }

@@ -36,7 +36,7 @@ func newDelete(c *cli) *cobra.Command {
 			}
 			deleted = append(deleted, t.name)
 			if !c.json {
-				_, err = fmt.Fprintln(c.out, t.name)
+				err = c.printLine(t.name)
 			}
 			return err
 		})

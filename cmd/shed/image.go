@@ -2,11 +2,11 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"strings"
 	"time"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/api"
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 )
@@ -33,11 +33,7 @@ func newImageList(c *cli) *cobra.Command {
 		Aliases: []string{"list"},
 		Short:   "List images",
 		Args:    noArgs,
-		RunE: c.action(func(ctx context.Context, _ []string) error {
-			client, err := c.connect("")
-			if err != nil {
-				return err
-			}
+		RunE: c.withServer(func(ctx context.Context, client *api.Client, _ []string) error {
 			images, err := client.Images(ctx)
 			if err != nil {
 				return err
@@ -80,12 +76,6 @@ func imageName(img *shed.Image) string {
 	return img.Ref
 }
 
-// printLine writes one line to stdout.
-func (c *cli) printLine(line string) error {
-	_, err := fmt.Fprintln(c.out, printable(line))
-	return err
-}
-
 func byteSize(n int64) string { return humanize.IBytes(uint64(max(n, 0))) }
 
 // ago says how long ago t was, if it is known.
@@ -100,23 +90,4 @@ func ago(t time.Time) string {
 func shortDigest(digest string) string {
 	const short = len("sha256:") + 12
 	return digest[:min(len(digest), short)]
-}
-
-// completeImages completes names of images.
-func (c *cli) completeImages(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
-	ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
-	defer cancel()
-	client, err := c.connect("")
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	images, err := client.Images(ctx)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	var names []string
-	for _, img := range images {
-		names = append(names, imageName(img))
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
 }

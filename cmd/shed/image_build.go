@@ -44,11 +44,7 @@ What .dockerignore names is not sent. PRESET is short for --preset PRESET.`,
 		},
 	}
 	cmd.Args = func(cmd *cobra.Command, args []string) error { return b.settle(cmd, args) }
-	cmd.RunE = c.action(func(ctx context.Context, _ []string) error {
-		client, err := c.connect("")
-		if err != nil {
-			return err
-		}
+	cmd.RunE = c.withServer(func(ctx context.Context, client *api.Client, _ []string) error {
 		img, err := b.run(ctx, c, client)
 		if err != nil {
 			return err
@@ -77,18 +73,20 @@ func (b *imageBuild) settle(cmd *cobra.Command, args []string) error {
 			only = "--" + name
 		}
 	}
-	for flag, value := range map[string]string{"--preset": b.preset, "--from-oci-archive": b.archive} {
+	if b.preset != "" || b.archive != "" {
+		flag := "--preset"
+		if b.preset == "" {
+			flag = "--from-oci-archive"
+		}
 		switch {
-		case value == "":
 		case len(args) > 0:
 			return usageError(cmd, "%s takes no directory, got %q", flag, args[0])
 		case only != "":
 			return usageError(cmd, "%s is for Dockerfiles, and doesn't go with %s", only, flag)
 		case b.preset != "" && b.archive != "":
 			return usageError(cmd, "--preset doesn't go with --from-oci-archive")
-		default:
-			return nil
 		}
+		return nil
 	}
 	if len(args) == 0 {
 		return usageError(cmd, "%s needs a directory with a Dockerfile, or a preset: %s", cmd.CommandPath(), strings.Join(presets, ", "))

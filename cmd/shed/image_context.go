@@ -35,12 +35,12 @@ type buildContext struct {
 // newBuildContext returns the context in dir with the Dockerfile in file, which
 // may be anywhere; "" is dir's own, and "-" is stdin.
 func newBuildContext(dir, file string, stdin io.Reader) (*buildContext, error) {
-	dir, err := filepath.Abs(dir)
-	if err == nil {
-		dir, err = filepath.EvalSymlinks(dir)
-	}
+	dir, err := realPath(dir)
 	if err != nil {
-		return nil, shed.Errorf(shed.CodeInvalid, "%w", err)
+		return nil, err
+	}
+	if file == "" {
+		file = filepath.Join(dir, "Dockerfile")
 	}
 	b := &buildContext{dir: dir}
 	if file == "-" {
@@ -54,21 +54,27 @@ func newBuildContext(dir, file string, stdin io.Reader) (*buildContext, error) {
 	return b, b.readIgnore(file)
 }
 
-func (b *buildContext) findDockerfile(file string) error {
-	if file == "" {
-		file = filepath.Join(b.dir, "Dockerfile")
+// realPath returns the absolute path of path without symbolic links.
+func realPath(path string) (string, error) {
+	path, err := filepath.Abs(path)
+	if err == nil {
+		path, err = filepath.EvalSymlinks(path)
 	}
+	if err != nil {
+		return "", shed.Errorf(shed.CodeInvalid, "%w", err)
+	}
+	return path, nil
+}
+
+func (b *buildContext) findDockerfile(file string) error {
 	f, err := os.Open(file)
 	if err != nil {
 		return shed.Errorf(shed.CodeInvalid, "there is no Dockerfile: %w", err).WithHint("name one with --file")
 	}
 	defer f.Close()
-	parent, err := filepath.Abs(filepath.Dir(file))
-	if err == nil {
-		parent, err = filepath.EvalSymlinks(parent)
-	}
+	parent, err := realPath(filepath.Dir(file))
 	if err != nil {
-		return shed.Errorf(shed.CodeInvalid, "%w", err)
+		return err
 	}
 	path := filepath.Join(parent, filepath.Base(file))
 	info, err := os.Lstat(path)
@@ -98,11 +104,7 @@ func (b *buildContext) takeDockerfile(r io.Reader, from string) error {
 // readIgnore reads what not to send: from FILE.dockerignore if there is one, else from .dockerignore.
 func (b *buildContext) readIgnore(file string) error {
 	candidates := []string{filepath.Join(b.dir, ".dockerignore")}
-	switch file {
-	case "-":
-	case "":
-		candidates = append([]string{filepath.Join(b.dir, "Dockerfile.dockerignore")}, candidates...)
-	default:
+	if file != "-" {
 		candidates = append([]string{file + ".dockerignore"}, candidates...)
 	}
 	var patterns []string

@@ -12,6 +12,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/api"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 )
@@ -22,13 +23,9 @@ func newImageInspect(c *cli) *cobra.Command {
 		Short:             "Say all that is known of images; with --json as a list",
 		Args:              needs(true, "NAME"),
 		ValidArgsFunction: c.completeImages,
-		RunE: c.action(func(ctx context.Context, args []string) error {
-			client, err := c.connect("")
-			if err != nil {
-				return err
-			}
+		RunE: c.withServer(func(ctx context.Context, client *api.Client, args []string) error {
 			var details []*shed.ImageDetail
-			err = each(c, args, func(name string) error {
+			err := each(c, args, func(name string) error {
 				detail, err := client.InspectImage(ctx, name)
 				if err != nil {
 					return err
@@ -119,21 +116,16 @@ func newImageHistory(c *cli) *cobra.Command {
 		Short:             "List the steps an image was made in, newest first",
 		Args:              needs(false, "NAME"),
 		ValidArgsFunction: c.completeImages,
-		RunE: c.action(func(ctx context.Context, args []string) error {
-			client, err := c.connect("")
-			if err != nil {
-				return err
-			}
+		RunE: c.withServer(func(ctx context.Context, client *api.Client, args []string) error {
 			detail, err := client.InspectImage(ctx, args[0])
 			if err != nil {
 				return err
 			}
-			history := slices.Clone(detail.History)
-			slices.Reverse(history)
+			slices.Reverse(detail.History)
 			if c.json {
-				return c.printJSON(history)
+				return c.printJSON(detail.History)
 			}
-			return c.printHistory(history)
+			return c.printHistory(detail.History)
 		}),
 	}
 }

@@ -23,11 +23,7 @@ func newImagePull(c *cli) *cobra.Command {
 		Short:   "Get an image from a registry",
 		Args:    needs(false, "REF"),
 		Example: "  shed image pull debian:12\n  shed image pull ghcr.io/owner/image@sha256:...",
-		RunE: c.action(func(ctx context.Context, args []string) error {
-			client, err := c.connect("")
-			if err != nil {
-				return err
-			}
+		RunE: c.withServer(func(ctx context.Context, client *api.Client, args []string) error {
 			opts.Ref = args[0]
 			report, end := c.progress("pull " + args[0])
 			img, err := client.Pull(ctx, opts, report)
@@ -54,11 +50,7 @@ func newImagePush(c *cli) *cobra.Command {
 			return needs(false, "NAME")(cmd, args)
 		},
 		ValidArgsFunction: c.completeImages,
-		RunE: c.action(func(ctx context.Context, args []string) error {
-			client, err := c.connect("")
-			if err != nil {
-				return err
-			}
+		RunE: c.withServer(func(ctx context.Context, client *api.Client, args []string) error {
 			opts := shed.PushOptions{Image: args[0]}
 			if len(args) == 2 {
 				opts.To = args[1]
@@ -83,11 +75,7 @@ func newImageTag(c *cli) *cobra.Command {
 		Short:             "Give an image one more tag",
 		Args:              needs(false, "NAME", "TAG"),
 		ValidArgsFunction: c.completeImages,
-		RunE: c.action(func(ctx context.Context, args []string) error {
-			client, err := c.connect("")
-			if err != nil {
-				return err
-			}
+		RunE: c.withServer(func(ctx context.Context, client *api.Client, args []string) error {
 			img, err := client.Tag(ctx, args[0], args[1])
 			if err != nil {
 				return err
@@ -173,7 +161,7 @@ func newImageSave(c *cli) *cobra.Command {
 			return err
 		}
 		report, end := c.progress("save " + strings.Join(args, " "))
-		counted := &countingWriter{w: c.out, report: func(n int64) {
+		counted := &countingWriter{report: func(n int64) {
 			report(shed.Event{Phase: "save", Message: "writing", Current: n, Unit: "bytes"})
 		}}
 		save := func(w io.Writer) error {

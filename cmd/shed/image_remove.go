@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/api"
 	"github.com/spf13/cobra"
 )
 
@@ -25,12 +26,8 @@ them goes with the last shed and a prune.`,
 	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
 		return c.canAsk(cmd, force, "that would remove "+strings.Join(args, ", "))
 	}
-	cmd.RunE = c.action(func(ctx context.Context, args []string) error {
-		client, err := c.connect("")
-		if err != nil {
-			return err
-		}
-		err = each(c, args, func(name string) error {
+	cmd.RunE = c.withServer(func(ctx context.Context, client *api.Client, args []string) error {
+		err := each(c, args, func(name string) error {
 			_, err := client.InspectImage(ctx, name)
 			return err
 		})
@@ -78,11 +75,7 @@ func newImagePrune(c *cli) *cobra.Command {
 	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
 		return c.canAsk(cmd, force || dryRun, "see what would go with --dry-run")
 	}
-	cmd.RunE = c.action(func(ctx context.Context, _ []string) error {
-		client, err := c.connect("")
-		if err != nil {
-			return err
-		}
+	cmd.RunE = c.withServer(func(ctx context.Context, client *api.Client, _ []string) error {
 		removed, err := client.PruneImages(ctx, dryRun || !force)
 		if err != nil {
 			return err

@@ -6,6 +6,7 @@ import (
 	"text/tabwriter"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/api"
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 )
@@ -16,11 +17,7 @@ func newList(c *cli) *cobra.Command {
 		Aliases: []string{"ls"},
 		Short:   "List sheds",
 		Args:    noArgs,
-		RunE: c.action(func(ctx context.Context, _ []string) error {
-			client, err := c.connect("")
-			if err != nil {
-				return err
-			}
+		RunE: c.withServer(func(ctx context.Context, client *api.Client, _ []string) error {
 			sheds, err := client.List(ctx)
 			if err != nil {
 				return err
@@ -38,7 +35,7 @@ func (c *cli) printSheds(sheds []*shed.Shed) error {
 	for _, sh := range sheds {
 		rows = append(rows, []string{
 			sh.Name, sh.Backend, string(sh.Status), sh.Image, fmt.Sprintf("%d/%s", sh.CPUs, memory(sh.MemoryMB)),
-			humanize.IBytes(uint64(max(sh.DiskUsed, 0))), humanize.Time(sh.CreatedAt),
+			byteSize(sh.DiskUsed), humanize.Time(sh.CreatedAt),
 		})
 	}
 	if err := c.printTable([]string{"NAME", "BACKEND", "STATUS", "IMAGE", "CPU/MEM", "DISK", "CREATED"}, rows); err != nil {

@@ -184,8 +184,7 @@ func TestConfig(t *testing.T) {
 		path := writeConfig(t, text)
 		expect(t, "list", 2, "", "shed: "+path+want)
 	}
-	path := ""
-	path = writeConfig(t, "servers:\n  a: {host: x, socket: /y}\n")
+	path := writeConfig(t, "servers:\n  a: {host: x, socket: /y}\n")
 	expect(t, "list", 2, "", "shed: "+path+": server \"a\" needs either host: or socket:\n")
 	path = writeConfig(t, "default_server: b\nservers:\n  a: {socket: /y}\n")
 	expect(t, "list", 2, "", "shed: "+path+": default_server: there is no server \"b\" in the configuration\nhint: there are: a\n")
@@ -200,7 +199,7 @@ func TestConfig(t *testing.T) {
 	t.Setenv("SHED_CONFIG", "")
 	if cfg, err := loadConfig(""); err != nil {
 		t.Errorf("no file: %+v, %v", cfg, err)
-	} else if _, label, err := cfg.dialer(""); err != nil || label != "the server at "+api.DefaultSocket() {
+	} else if _, label, err := cfg.socket(""); err != nil || label != "the server at "+api.DefaultSocket() {
 		t.Errorf("no servers: %q, %v", label, err)
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
-	"github.com/dustin/go-humanize"
 	"golang.org/x/term"
 )
 
@@ -98,15 +97,15 @@ func (p *phase) count(elapsed time.Duration, rate bool) string {
 		}
 		return fmt.Sprintf("%d %s", p.current, printable(p.unit))
 	}
-	s := humanize.IBytes(uint64(max(p.current, 0)))
+	s := byteSize(p.current)
 	if !rate {
 		return s
 	}
 	if p.total > 0 {
-		s += "/" + humanize.IBytes(uint64(p.total))
+		s += "/" + byteSize(p.total)
 	}
 	if elapsed >= time.Second {
-		s += " " + humanize.IBytes(uint64(float64(max(p.current, 0))/elapsed.Seconds())) + "/s"
+		s += " " + byteSize(int64(float64(p.current)/elapsed.Seconds())) + "/s"
 	}
 	return s
 }

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
-	"github.com/dustin/go-humanize"
 )
 
 // item is a part of a phase that goes on beside others, such as a layer.
@@ -79,7 +78,7 @@ func (it *item) amount(n int64) string {
 		return ""
 	}
 	if it.unit == "bytes" {
-		return humanize.IBytes(uint64(n))
+		return byteSize(n)
 	}
 	return strings.TrimSpace(fmt.Sprintf("%d %s", n, oneLine(it.unit)))
 }
@@ -97,14 +96,14 @@ func (it *item) line(width int) string {
 		line += "  [" + strings.Repeat("#", full) + strings.Repeat(" ", barCells-full) + "]"
 	}
 	if it.total > 0 && it.unit == "bytes" {
-		line += "  " + humanize.IBytes(uint64(max(it.current, 0))) + " / " + humanize.IBytes(uint64(it.total))
+		line += "  " + byteSize(it.current) + " / " + byteSize(it.total)
 	} else if it.total > 0 {
 		line += fmt.Sprintf("  %d / %s", it.current, it.amount(it.total))
 	} else if n := it.amount(it.current); n != "" {
 		line += "  " + n
 	}
 	if elapsed := time.Since(it.counted); it.unit == "bytes" && elapsed >= time.Second && it.current > it.before {
-		line += "  " + humanize.IBytes(uint64(float64(it.current-it.before)/elapsed.Seconds())) + "/s"
+		line += "  " + byteSize(int64(float64(it.current-it.before)/elapsed.Seconds())) + "/s"
 	}
 	return truncate(strings.TrimRight(line, " "), width)
 }

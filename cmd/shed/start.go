@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/charliek/shed"
 	"github.com/spf13/cobra"
@@ -38,7 +37,7 @@ func (c *cli) change(verb string, targets []target, f func(t target, p shed.Prog
 		}
 		sheds = append(sheds, sh)
 		if !c.json {
-			_, err = fmt.Fprintln(c.out, t.name)
+			err = c.printLine(t.name)
 		}
 		return err
 	})

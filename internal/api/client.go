@@ -56,6 +56,14 @@ func NewClient(dial func(ctx context.Context) (net.Conn, error), label string) *
 	return c
 }
 
+// NewUnixClient returns a client of the server that listens on socket. Error
+// messages call it label.
+func NewUnixClient(socket, label string) *Client {
+	return NewClient(func(ctx context.Context) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}, label)
+}
+
 // Close closes idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
@@ -185,6 +193,15 @@ func (c *Client) call(ctx context.Context, method, path string, body, v any, p s
 	return c.decodeAnswer(resp, v, p)
 }
 
+// result is call for an answer that is a T.
+func result[T any](ctx context.Context, c *Client, method, path string, body any, p shed.Progress) (*T, error) {
+	v := new(T)
+	if err := c.call(ctx, method, path, body, v, p); err != nil {
+		return nil, err
+	}
+	return v, nil
+}
+
 // decodeAnswer decodes the answer into v, and hands the events before it to p.
 func (c *Client) decodeAnswer(resp *http.Response, v any, p shed.Progress) error {
 	var data []byte
@@ -218,11 +235,7 @@ func (c *Client) shedCall(ctx context.Context, method, name, resource string, p 
 	if err != nil {
 		return nil, err
 	}
-	sh := new(shed.Shed)
-	if err := c.call(ctx, method, path, nil, sh, p); err != nil {
-		return nil, err
-	}
-	return sh, nil
+	return result[shed.Shed](ctx, c, method, path, nil, p)
 }
 
 // Info describes the server.
@@ -233,11 +246,7 @@ func (c *Client) Info(ctx context.Context) (shed.Info, error) {
 }
 
 func (c *Client) Create(ctx context.Context, opts shed.CreateOptions, p shed.Progress) (*shed.Shed, error) {
-	sh := new(shed.Shed)
-	if err := c.call(ctx, http.MethodPost, "/api/sheds", opts, sh, p); err != nil {
-		return nil, err
-	}
-	return sh, nil
+	return result[shed.Shed](ctx, c, http.MethodPost, "/api/sheds", opts, p)
 }
 
 func (c *Client) List(ctx context.Context) ([]*shed.Shed, error) {

@@ -109,15 +109,6 @@ func (c *Client) PruneImages(ctx context.Context, dryRun bool) (*shed.Removed, e
 	return result[shed.Removed](ctx, c, http.MethodPost, "/api/images/prune", pruneRequest{dryRun}, nil)
 }
 
-// result is call for an answer that is a T.
-func result[T any](ctx context.Context, c *Client, method, path string, body any, p shed.Progress) (*T, error) {
-	v := new(T)
-	if err := c.call(ctx, method, path, body, v, p); err != nil {
-		return nil, err
-	}
-	return v, nil
-}
-
 // upload sends a tar and decodes the answer into v. It asks for events even where p
 // is nil: writing them is how the server notices a client that has gone away.
 func (c *Client) upload(ctx context.Context, path string, tar io.Reader, v any, p shed.Progress) error {

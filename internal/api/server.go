@@ -268,12 +268,19 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 // readJSON reads the request's body, one JSON value and nothing else, into v.
 // On error it has answered the request.
 func (s *server) readJSON(w http.ResponseWriter, r *http.Request, v any) bool {
-	if t, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type")); t != jsonType {
-		s.failStatus(w, r, http.StatusUnsupportedMediaType,
-			shed.Errorf(shed.CodeInvalid, "the request's Content-Type is %q", r.Header.Get("Content-Type")).WithHint("send %s", jsonType))
-		return false
+	return s.hasType(w, r, jsonType) &&
+		s.readBody(w, r, func(body io.Reader) error { return decodeStrict("the request's body", body, v) })
+}
+
+// hasType checks the type of the request's body. On error it has answered the request.
+func (s *server) hasType(w http.ResponseWriter, r *http.Request, want string) bool {
+	got := r.Header.Get("Content-Type")
+	if t, _, _ := mime.ParseMediaType(got); t == want {
+		return true
 	}
-	return s.readBody(w, r, func(body io.Reader) error { return decodeStrict("the request's body", body, v) })
+	s.failStatus(w, r, http.StatusUnsupportedMediaType,
+		shed.Errorf(shed.CodeInvalid, "the request's Content-Type is %q", got).WithHint("send %s", want))
+	return false
 }
 
 // noBody checks that the request has no body. On error it has answered the request.
@@ -377,11 +384,7 @@ func (s *server) getShed(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) createShed(w http.ResponseWriter, r *http.Request) {
-	var opts shed.CreateOptions
-	if !s.readJSON(w, r, &opts) {
-		return
-	}
-	s.operation(w, r, http.StatusCreated, func(ctx context.Context, p shed.Progress) (any, error) {
+	withBody(s, w, r, http.StatusCreated, func(ctx context.Context, opts shed.CreateOptions, p shed.Progress) (any, error) {
 		return s.sheds.Create(ctx, opts, p)
 	})
 }
@@ -410,6 +413,18 @@ func (s *server) deleteShed(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
+// withBody carries out op, which takes the request's body, a T in JSON.
+func withBody[T any](s *server, w http.ResponseWriter, r *http.Request, status int, op func(ctx context.Context, body T, p shed.Progress) (any, error)) {
+	var body T
+	if !s.readJSON(w, r, &body) {
+		return
+	}
+	s.operation(w, r, status, func(ctx context.Context, p shed.Progress) (any, error) {
+		return op(ctx, body, p)
+	})
+}
+
+// bodiless carries out op for a request without a body.
 func (s *server) bodiless(w http.ResponseWriter, r *http.Request, status int, op operation) {
 	if s.noBody(w, r) {
 		s.operation(w, r, status, op)

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"mime"
 	"net"
 	"net/http"
 	"net/url"
@@ -53,12 +52,6 @@ func imageAnswers(images []*shed.Image) []shed.Image {
 	return answers
 }
 
-func removedAnswer(removed *shed.Removed) shed.Removed {
-	c := *removed
-	c.Items = append([]shed.RemovedItem{}, c.Items...)
-	return c
-}
-
 // imageResult is the result of an operation that makes an image.
 func imageResult(img *shed.Image, err error) (any, error) {
 	if err != nil {
@@ -71,7 +64,9 @@ func removedResult(removed *shed.Removed, err error) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return removedAnswer(removed), nil
+	c := *removed
+	c.Items = append([]shed.RemovedItem{}, c.Items...)
+	return c, nil
 }
 
 func (s *server) listImages(w http.ResponseWriter, r *http.Request) {
@@ -96,11 +91,7 @@ func (s *server) inspectImage(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) buildPreset(w http.ResponseWriter, r *http.Request) {
-	var req presetRequest
-	if !s.readJSON(w, r, &req) {
-		return
-	}
-	s.operation(w, r, http.StatusOK, func(ctx context.Context, p shed.Progress) (any, error) {
+	withBody(s, w, r, http.StatusOK, func(ctx context.Context, req presetRequest, p shed.Progress) (any, error) {
 		return imageResult(s.images.BuildPreset(ctx, req.Preset, p))
 	})
 }
@@ -117,31 +108,19 @@ func (s *server) buildImage(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) pullImage(w http.ResponseWriter, r *http.Request) {
-	var opts shed.PullOptions
-	if !s.readJSON(w, r, &opts) {
-		return
-	}
-	s.operation(w, r, http.StatusOK, func(ctx context.Context, p shed.Progress) (any, error) {
+	withBody(s, w, r, http.StatusOK, func(ctx context.Context, opts shed.PullOptions, p shed.Progress) (any, error) {
 		return imageResult(s.images.Pull(ctx, opts, p))
 	})
 }
 
 func (s *server) pushImage(w http.ResponseWriter, r *http.Request) {
-	var opts shed.PushOptions
-	if !s.readJSON(w, r, &opts) {
-		return
-	}
-	s.operation(w, r, http.StatusOK, func(ctx context.Context, p shed.Progress) (any, error) {
+	withBody(s, w, r, http.StatusOK, func(ctx context.Context, opts shed.PushOptions, p shed.Progress) (any, error) {
 		return s.images.Push(ctx, opts, p)
 	})
 }
 
 func (s *server) tagImage(w http.ResponseWriter, r *http.Request) {
-	var req tagRequest
-	if !s.readJSON(w, r, &req) {
-		return
-	}
-	s.operation(w, r, http.StatusOK, func(ctx context.Context, _ shed.Progress) (any, error) {
+	withBody(s, w, r, http.StatusOK, func(ctx context.Context, req tagRequest, _ shed.Progress) (any, error) {
 		return imageResult(s.images.Tag(ctx, req.Image, req.Tag))
 	})
 }
@@ -158,11 +137,7 @@ func (s *server) removeImage(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) pruneImages(w http.ResponseWriter, r *http.Request) {
-	var req pruneRequest
-	if !s.readJSON(w, r, &req) {
-		return
-	}
-	s.operation(w, r, http.StatusOK, func(ctx context.Context, _ shed.Progress) (any, error) {
+	withBody(s, w, r, http.StatusOK, func(ctx context.Context, req pruneRequest, _ shed.Progress) (any, error) {
 		return removedResult(s.images.PruneImages(ctx, req.DryRun))
 	})
 }
@@ -220,9 +195,7 @@ func (d *download) Write(p []byte) (int, error) {
 // upload carries out op, which reads the request's body, a tar of any size. The answer may
 // begin, and even end, while the client still sends.
 func (s *server) upload(w http.ResponseWriter, r *http.Request, op func(ctx context.Context, body io.Reader, p shed.Progress) (any, error)) {
-	if t, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type")); t != tarType {
-		s.failStatus(w, r, http.StatusUnsupportedMediaType,
-			shed.Errorf(shed.CodeInvalid, "the request's Content-Type is %q", r.Header.Get("Content-Type")).WithHint("send %s", tarType))
+	if !s.hasType(w, r, tarType) {
 		return
 	}
 	ctl := http.NewResponseController(w)

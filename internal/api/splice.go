@@ -39,9 +39,10 @@ func (s *server) listen(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// upgrade reads body, opens what it asks for in a shed, and has connect connect that with the client.
+// upgrade reads body, opens what it asks for in a shed, and has connect connect that with the client
+// until the request's context is done. early is what the client has sent already.
 func (s *server) upgrade(w http.ResponseWriter, r *http.Request, protocol string, body any,
-	connect func(ctx context.Context, client, opened net.Conn, early []byte), open func() (net.Conn, error),
+	connect func(client, opened net.Conn, early []byte), open func() (net.Conn, error),
 ) {
 	if !upgrades(r, protocol) {
 		w.Header().Set("Upgrade", protocol)
@@ -71,7 +72,12 @@ func (s *server) upgrade(w http.ResponseWriter, r *http.Request, protocol string
 	}
 	// A client that doesn't wait for the answer has its first bytes in here.
 	early, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
-	connect(r.Context(), client, opened, early)
+	stop := context.AfterFunc(r.Context(), func() {
+		client.Close()
+		opened.Close()
+	})
+	defer stop()
+	connect(client, opened, early)
 }
 
 func upgrades(r *http.Request, protocol string) bool {
@@ -86,32 +92,22 @@ func upgrades(r *http.Request, protocol string) bool {
 	return false
 }
 
-// join connects client and conn, each direction with its own end, until both have ended or ctx
-// is done. It closes both; early goes to conn first.
-func join(ctx context.Context, client, conn net.Conn, early []byte) {
-	stop := context.AfterFunc(ctx, func() {
-		client.Close()
-		conn.Close()
-	})
-	defer stop()
+// join connects client and conn, each direction with its own end, until both have ended.
+// It closes both; early goes to conn first.
+func join(client, conn net.Conn, early []byte) {
 	if _, err := conn.Write(early); err != nil {
 		return
 	}
 	agent.Splice(client, conn)
 }
 
-// splice copies both ways between client and command until one of them ends
-// or ctx is done. It closes both; early goes to command first.
+// splice copies both ways between client and command until one of them ends.
+// It closes both; early goes to command first.
 //
 // The exec protocol says in frames that stdin or the command is at its end.
 // So a client whose stream ends is gone, and with it the command; when the
 // command's stream ends, the client still gets all of it.
-func splice(ctx context.Context, client, command net.Conn, early []byte) {
-	stop := context.AfterFunc(ctx, func() {
-		client.Close()
-		command.Close()
-	})
-	defer stop()
+func splice(client, command net.Conn, early []byte) {
 	clientDone := make(chan struct{})
 	go func() {
 		defer close(clientDone)

@@ -16,18 +16,14 @@ import (
 	"github.com/moby/buildkit/frontend/dockerfile/shell"
 )
 
-// bases returns the images that building opts.Target of a Dockerfile, or its last stage, takes: those
-// of FROM, of COPY --from and of RUN --mount=from=, sorted. CodeInvalid says what is wrong with the file, and where.
-func bases(dockerfile []byte, opts shed.BuildOptions) ([]string, error) {
-	g, err := parse(dockerfile, opts)
-	if err != nil {
-		return nil, err
-	}
+// bases returns the images that building a target, or the last stage, takes: those of FROM, of COPY --from and
+// of RUN --mount=from=, sorted. No such target is CodeInvalid.
+func (g *graph) bases(target string) ([]string, error) {
 	last := len(g.stages) - 1
-	if opts.Target != "" {
-		n, ok := g.stage(opts.Target, len(g.stages))
+	if target != "" {
+		n, ok := g.stage(target, len(g.stages))
 		if !ok {
-			return nil, shed.Errorf(shed.CodeInvalid, "the Dockerfile has no stage %q", opts.Target).WithHint("stages: %s", g.names())
+			return nil, shed.Errorf(shed.CodeInvalid, "the Dockerfile has no stage %q", target).WithHint("stages: %s", g.names())
 		}
 		last = n
 	}
@@ -51,12 +47,8 @@ func dockerfileError(err error) error {
 // pinned returns the Dockerfile with those of its FROMs replaced that name an image by digest: names has what they are
 // called in the builder. A base that is given to buildah by name alone is found; by digest it is looked
 // for in vain, since the one of a multi-platform index is no image's.
-func pinned(dockerfile []byte, opts shed.BuildOptions, names map[string]string) ([]byte, error) {
-	g, err := parse(dockerfile, opts)
-	if err != nil {
-		return nil, err
-	}
-	lines := bytes.SplitAfter(dockerfile, []byte("\n"))
+func (g *graph) pinned(names map[string]string) ([]byte, error) {
+	lines := bytes.SplitAfter(g.dockerfile, []byte("\n"))
 	for _, s := range g.stages {
 		ref, err := g.expand(s.BaseName)
 		if err != nil {
@@ -75,29 +67,31 @@ func pinned(dockerfile []byte, opts shed.BuildOptions, names map[string]string) 
 	return bytes.Join(lines, nil), nil
 }
 
-// graph walks over the stages that a target needs.
+// graph is a Dockerfile, to walk over the stages that a target needs.
 type graph struct {
-	stages []instructions.Stage
-	lex    *shell.Lex
-	args   []string // K=V, of those before the first FROM
-	images map[string]bool
-	seen   map[int]bool
+	dockerfile []byte
+	stages     []instructions.Stage
+	lex        *shell.Lex
+	args       []string // K=V, of those before the first FROM
+	images     map[string]bool
+	seen       map[int]bool
 }
 
-func parse(dockerfile []byte, opts shed.BuildOptions) (*graph, error) {
+// parse reads a Dockerfile that gets these arguments. CodeInvalid says what is wrong with it, and where.
+func parse(dockerfile []byte, args map[string]string) (*graph, error) {
 	parsed, err := parser.Parse(bytes.NewReader(dockerfile))
 	if err != nil {
 		return nil, dockerfileError(err)
 	}
-	stages, args, err := instructions.Parse(parsed.AST, nil)
+	stages, declared, err := instructions.Parse(parsed.AST, nil)
 	if err != nil {
 		return nil, dockerfileError(err)
 	}
 	if len(stages) == 0 {
 		return nil, shed.Errorf(shed.CodeInvalid, "the Dockerfile has no FROM")
 	}
-	g := &graph{stages: stages, lex: shell.NewLex(parsed.EscapeToken), images: map[string]bool{}, seen: map[int]bool{}}
-	return g, g.setArgs(args, opts.Args)
+	g := &graph{dockerfile: dockerfile, stages: stages, lex: shell.NewLex(parsed.EscapeToken), images: map[string]bool{}, seen: map[int]bool{}}
+	return g, g.setArgs(declared, args)
 }
 
 // setArgs settles the arguments that FROM may use.

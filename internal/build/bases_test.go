@@ -8,6 +8,14 @@ import (
 	"github.com/charliek/shed"
 )
 
+func basesOf(dockerfile []byte, opts shed.BuildOptions) ([]string, error) {
+	g, err := parse(dockerfile, opts.Args)
+	if err != nil {
+		return nil, err
+	}
+	return g.bases(opts.Target)
+}
+
 func TestBases(t *testing.T) {
 	for _, tt := range []struct {
 		name, dockerfile string
@@ -29,7 +37,7 @@ func TestBases(t *testing.T) {
 		{"a name that comes later is an image", "FROM b AS a\nFROM c AS b", shed.BuildOptions{Target: "a"}, []string{"b"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got, err := bases([]byte(tt.dockerfile), tt.opts)
+			got, err := basesOf([]byte(tt.dockerfile), tt.opts)
 			if err != nil || !slices.Equal(got, tt.want) {
 				t.Errorf("got %q, %v; want %q", got, err, tt.want)
 			}
@@ -42,7 +50,11 @@ func TestPinned(t *testing.T) {
 	dockerfile := "# debian:12" + digest + "\nARG D=" + digest + "\nFROM --platform=linux/amd64 \\\n  debian:12" + digest + " AS a\nFROM a\nFROM b$D\nFROM c"
 	names := map[string]string{"debian:12" + digest: "localhost/x:1", "b" + digest: "localhost/x:2", "c": "localhost/x:3"}
 	want := "# debian:12" + digest + "\nARG D=" + digest + "\nFROM --platform=linux/amd64 \\\n  localhost/x:1 AS a\nFROM a\nFROM localhost/x:2\nFROM c"
-	got, err := pinned([]byte(dockerfile), shed.BuildOptions{}, names)
+	g, err := parse([]byte(dockerfile), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := g.pinned(names)
 	if err != nil || string(got) != want {
 		t.Errorf("got %q, %v\nwant %q", got, err, want)
 	}
@@ -60,7 +72,7 @@ func TestBasesErrors(t *testing.T) {
 		{"an argument without a value", "ARG V\nFROM $V", "", `"$V"`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := bases([]byte(tt.dockerfile), shed.BuildOptions{Target: tt.target})
+			_, err := basesOf([]byte(tt.dockerfile), shed.BuildOptions{Target: tt.target})
 			if shed.ErrorCode(err) != shed.CodeInvalid || !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("%v; want one with %q that says %q", err, shed.CodeInvalid, tt.says)
 			}
@@ -71,6 +83,6 @@ func TestBasesErrors(t *testing.T) {
 func FuzzBases(f *testing.F) {
 	f.Add([]byte("ARG V=1\nFROM a:$V AS b\nRUN --mount=from=c true\nFROM b\nCOPY --from=b / /"), "b")
 	f.Fuzz(func(t *testing.T, dockerfile []byte, target string) {
-		bases(dockerfile, shed.BuildOptions{Target: target})
+		basesOf(dockerfile, shed.BuildOptions{Target: target})
 	})
 }

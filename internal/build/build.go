@@ -18,6 +18,7 @@ import (
 	"strings"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/lines"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
@@ -115,7 +116,7 @@ func (b *Builder) build(r run, opts shed.BuildOptions, buildContext io.Reader, p
 		return nil, err
 	}
 	sent := p.Phase("context", "sending the context")
-	if err := r.run(bytesRead(buildContext, "context", p), nil, "tar", "-x", "--no-same-owner", "-C", contextDir); err != nil {
+	if err := r.run(p.Reader(buildContext, shed.Event{Phase: "context"}), nil, "tar", "-x", "--no-same-owner", "-C", contextDir); err != nil {
 		return nil, fmt.Errorf("sending the context: %w", err)
 	}
 	sent()
@@ -124,7 +125,11 @@ func (b *Builder) build(r run, opts shed.BuildOptions, buildContext io.Reader, p
 		return nil, shed.Errorf(shed.CodeInvalid, "the context has no file %s", opts.Dockerfile).
 			WithHint("name the Dockerfile with -f")
 	}
-	needed, err := bases(dockerfile.Bytes(), opts)
+	g, err := parse(dockerfile.Bytes(), opts.Args)
+	if err != nil {
+		return nil, err
+	}
+	needed, err := g.bases(opts.Target)
 	if err != nil {
 		return nil, err
 	}
@@ -134,7 +139,7 @@ func (b *Builder) build(r run, opts shed.BuildOptions, buildContext io.Reader, p
 			return nil, fmt.Errorf("image %s, which the Dockerfile builds on: %w", ref, err)
 		}
 	}
-	text, err := pinned(dockerfile.Bytes(), opts, names)
+	text, err := g.pinned(names)
 	if err != nil {
 		return nil, err
 	}
@@ -174,7 +179,7 @@ func (b *Builder) sendBase(r run, ref string, p shed.Progress) (name string, err
 		pw.CloseWithError(b.images.Save(r.ctx, []string{img.Digest}, pw))
 	}()
 	archive := path.Join(r.dir, "base.tar")
-	err = r.write(bytesRead(pr, "base", p), archive)
+	err = r.write(p.Reader(pr, shed.Event{Phase: "base"}), archive)
 	pr.CloseWithError(io.ErrClosedPipe) // lets a blocked Save go
 	<-saved
 	if err == nil {
@@ -207,13 +212,13 @@ func (r run) bud(opts shed.BuildOptions, file, contextDir, name string, bases ma
 		known = append(known, name, ref)
 	}
 	readable := strings.NewReplacer(known...)
-	say := &lines{report: func(line string) { p.Report(shed.Event{Phase: "build", Message: readable.Replace(line)}) }}
-	status, err := r.stream(nil, say.writer(), say.writer(), append(args, contextDir)...)
+	say := lines.New(lastLines, func(line string) { p.Report(shed.Event{Phase: "build", Message: readable.Replace(line)}) })
+	status, err := r.stream(nil, say.Writer(), say.Writer(), append(args, contextDir)...)
 	if err != nil {
 		return err
 	}
 	if status.Code != 0 {
-		return shed.Errorf(shed.CodeCommand, "the build failed: %s%s", status.Error, readable.Replace(say.last()))
+		return shed.Errorf(shed.CodeCommand, "the build failed: %s%s", status.Error, readable.Replace(say.Last()))
 	}
 	done()
 	return nil

@@ -1,16 +1,18 @@
 package build
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io"
-	"strings"
 	"sync"
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
+	"github.com/charliek/shed/internal/lines"
 )
+
+// lastLines is how much of what a command said an error has.
+const lastLines = 6
 
 // run runs the commands of one build in the builder, as root.
 type run struct {
@@ -24,13 +26,13 @@ func (r run) run(stdin io.Reader, stdout io.Writer, args ...string) error {
 	if stdout == nil {
 		stdout = io.Discard
 	}
-	said := &lines{}
-	status, err := r.stream(stdin, stdout, said.writer(), args...)
+	said := lines.New(lastLines, nil)
+	status, err := r.stream(stdin, stdout, said.Writer(), args...)
 	if err != nil {
 		return err
 	}
 	if status.Code != 0 {
-		return shed.Errorf(shed.CodeInternal, "%s in shed %s: exit status %d: %s%s", args[0], Shed, status.Code, status.Error, said.last())
+		return shed.Errorf(shed.CodeInternal, "%s in shed %s: exit status %d: %s%s", args[0], Shed, status.Code, status.Error, said.Last())
 	}
 	return nil
 }
@@ -129,90 +131,4 @@ func (o *output) Close() error {
 	o.PipeReader.Close()
 	<-o.done
 	return nil
-}
-
-// bytesRead reports as progress of a phase how much of r was read.
-func bytesRead(r io.Reader, phase string, p shed.Progress) io.Reader {
-	return &counted{Reader: r, report: func(n int64) { p.Report(shed.Event{Phase: phase, Current: n, Unit: "bytes"}) }}
-}
-
-type counted struct {
-	io.Reader
-	n, reported int64
-	report      func(int64)
-}
-
-func (c *counted) Read(b []byte) (int, error) {
-	const step = 4 << 20
-	n, err := c.Reader.Read(b)
-	c.n += int64(n)
-	if c.n-c.reported >= step {
-		c.reported = c.n
-		c.report(c.n)
-	}
-	return n, err
-}
-
-// lines splits what its writers get into lines, reports them, and remembers the last.
-type lines struct {
-	report func(string) // may be nil
-
-	writers []*lineWriter
-
-	mu   sync.Mutex
-	tail []string
-}
-
-// writer returns the writer of one stream.
-func (l *lines) writer() io.Writer {
-	w := &lineWriter{to: l}
-	l.writers = append(l.writers, w)
-	return w
-}
-
-func (l *lines) add(line string) {
-	const most = 6
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.report != nil {
-		l.report(line)
-	}
-	l.tail = append(l.tail, line)
-	if len(l.tail) > most {
-		l.tail = l.tail[1:]
-	}
-}
-
-// last returns the last lines, once nothing is written any more.
-func (l *lines) last() string {
-	for _, w := range l.writers {
-		w.Write([]byte("\n"))
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.Join(l.tail, "\n")
-}
-
-type lineWriter struct {
-	to      *lines
-	partial []byte
-}
-
-// Write takes a carriage return for the end of a line too, as progress meters write it.
-func (w *lineWriter) Write(b []byte) (int, error) {
-	const longest = 64 << 10
-	w.partial = append(w.partial, b...)
-	for {
-		i := bytes.IndexAny(w.partial, "\r\n")
-		if i < 0 && len(w.partial) > longest {
-			i = longest
-		}
-		if i < 0 {
-			return len(b), nil
-		}
-		if line := strings.TrimSpace(string(w.partial[:i])); line != "" {
-			w.to.add(line)
-		}
-		w.partial = w.partial[i+1:]
-	}
 }

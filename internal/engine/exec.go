@@ -28,17 +28,26 @@ func (e *Engine) Exec(ctx context.Context, name string, cmd shed.Command) (net.C
 	if err := cmd.Validate(); err != nil {
 		return nil, err
 	}
+	rec, conn, err := e.open(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if err := e.execOn(conn, rec, cmd); err != nil {
+		return nil, err
+	}
+	return conn, nil
+}
+
+// open returns a stream to the agent of a shed, which it starts if it is stopped.
+func (e *Engine) open(ctx context.Context, name string) (state.Record, net.Conn, error) {
 	for tries := 0; ; tries++ {
 		rec, client, err := e.running(ctx, name)
 		if err != nil {
-			return nil, err
+			return rec, nil, err
 		}
-		conn, err := e.execOn(ctx, rec, client, cmd)
-		if err == nil || tries > 2 || ctx.Err() != nil {
-			return conn, err
-		}
-		if !errors.Is(err, keeper.ErrNotRunning) {
-			return nil, err
+		conn, err := client.Open(ctx)
+		if err == nil || tries > 2 || ctx.Err() != nil || !errors.Is(err, keeper.ErrNotRunning) {
+			return rec, conn, err
 		}
 		// It has just stopped, or its keeper is being replaced.
 		time.Sleep(50 * time.Millisecond)
@@ -71,22 +80,17 @@ func (e *Engine) running(ctx context.Context, name string) (state.Record, *keepe
 	return en.rec, en.keeper, nil
 }
 
-// execOn starts a command and leaves the exec protocol to the caller.
-func (e *Engine) execOn(ctx context.Context, rec state.Record, client *keeper.Client, cmd shed.Command) (net.Conn, error) {
+// execOn starts a command and leaves the exec protocol to the caller. On error it closes conn.
+func (e *Engine) execOn(conn net.Conn, rec state.Record, cmd shed.Command) error {
 	env, err := e.environment(rec)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		cmd.Env = append(env, cmd.Env...)
+		err = agent.WriteMessage(conn, agent.Request{Exec: &cmd})
 	}
-	conn, err := client.Open(ctx)
 	if err != nil {
-		return nil, err
-	}
-	cmd.Env = append(env, cmd.Env...)
-	if err := agent.WriteMessage(conn, agent.Request{Exec: &cmd}); err != nil {
 		conn.Close()
-		return nil, err
 	}
-	return conn, nil
+	return err
 }
 
 // maxEnvLine is how long a line of the env_file may be, in bytes: as long as Linux takes.
@@ -176,11 +180,14 @@ func (e *Engine) clone(ctx context.Context, en *entry) error {
 		return err
 	}
 	defer log.Close()
-	conn, err := e.execOn(ctx, en.rec, client, shed.Command{
+	conn, err := client.Open(ctx)
+	if err != nil {
+		return err
+	}
+	if err := e.execOn(conn, en.rec, shed.Command{
 		Args: []string{"git", "clone", "--", en.rec.Repo, en.rec.Workspace}, Dir: home, User: agent.DefaultUser,
 		Env: []string{"GIT_TERMINAL_PROMPT=0"},
-	})
-	if err != nil {
+	}); err != nil {
 		return err
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })

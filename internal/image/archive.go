@@ -179,4 +179,11 @@ type readerFunc func([]byte) (int, error)
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
 // readerOf returns r until ctx is done: it looks at ctx between reads.
-func readerOf(ctx context.Context, r io.Reader) io.Reader { return ctxReader{ctx, r} }
+func readerOf(ctx context.Context, r io.Reader) io.Reader {
+	return readerFunc(func(p []byte) (int, error) {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+		return r.Read(p)
+	})
+}

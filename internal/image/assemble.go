@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/rootfs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
@@ -38,40 +40,35 @@ func (s *Store) Assemble(ctx context.Context, config []byte, tag string, open fu
 	if err != nil {
 		return nil, shed.Errorf(shed.CodeInvalid, "the image's configuration: %w", err)
 	}
-	existed, err := s.existing(newNeeds())
+	added, err := s.newAddition()
 	if err != nil {
 		return nil, err
 	}
-	b := &presetBuild{store: s, progress: p, own: newNeeds(), existed: existed}
-	defer func() {
-		b.release()
-		if err != nil {
-			err = errors.Join(err, s.discard(b.own, b.existed))
-		}
-	}()
+	defer func() { err = added.end(err) }()
+	diffIDs := cfg.RootFS.DiffIDs
+	added.hold(diffIDs...)
+	blobs, release, err := s.layerBlobs(diffIDs)
+	if err != nil {
+		return nil, err
+	}
+	added.keep(release)
 	manifest := v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1, Layers: []v1.Descriptor{}}
-	for i, diffID := range cfg.RootFS.DiffIDs {
-		b.releases = append(b.releases, s.hold(diffID))
-		desc, release, err := s.layerBlob(diffID)
-		if err != nil {
-			return nil, err
-		}
-		b.releases = append(b.releases, release)
-		if desc.Size == 0 {
-			done := p.Phase("layer", fmt.Sprintf("storing layer %d of %d", i+1, len(cfg.RootFS.DiffIDs)))
-			if desc, err = b.take(ctx, diffID, open); err != nil {
-				return nil, fmt.Errorf("layer %d of %d: %w", i+1, len(cfg.RootFS.DiffIDs), err)
+	for i, diffID := range diffIDs {
+		desc, ok := blobs[diffID]
+		if !ok {
+			done := p.Phase("layer", fmt.Sprintf("storing layer %d of %d", i+1, len(diffIDs)))
+			if desc, err = added.take(ctx, diffID, open); err != nil {
+				return nil, fmt.Errorf("layer %d of %d: %w", i+1, len(diffIDs), err)
 			}
 			done()
+			blobs[diffID] = desc
 		}
 		manifest.Layers = append(manifest.Layers, desc)
 	}
-	manifest.Config = descriptor(config, types.OCIConfigJSON)
-	b.write(manifest.Config.Digest)
-	if err := s.writeFile(s.blob(manifest.Config.Digest), config); err != nil {
+	if manifest.Config, err = added.write(config, types.OCIConfigJSON); err != nil {
 		return nil, err
 	}
-	desc, err := b.writeJSON(manifest, types.OCIManifestSchema1)
+	desc, err := added.writeJSON(manifest, types.OCIManifestSchema1)
 	if err != nil {
 		return nil, err
 	}
@@ -83,9 +80,9 @@ func (s *Store) Assemble(ctx context.Context, config []byte, tag string, open fu
 }
 
 // take makes a layer of what open yields.
-func (b *presetBuild) take(ctx context.Context, diffID v1.Hash, open func(ctx context.Context, diffID v1.Hash) io.ReadCloser) (v1.Descriptor, error) {
+func (a *addition) take(ctx context.Context, diffID v1.Hash, open func(ctx context.Context, diffID v1.Hash) io.ReadCloser) (v1.Descriptor, error) {
 	r := open(ctx, diffID)
-	blob, l, err := b.convert(ctx, r)
+	blob, l, err := a.layer(ctx, r)
 	if err = errors.Join(err, r.Close()); err != nil {
 		return v1.Descriptor{}, err
 	}
@@ -93,18 +90,20 @@ func (b *presetBuild) take(ctx context.Context, diffID v1.Hash, open func(ctx co
 		discardErr := errors.Join(blob.Close(), os.Remove(blob.Name()))
 		return v1.Descriptor{}, errors.Join(shed.Errorf(shed.CodeInvalid, "its content has the diff ID %s, and should have %s", l.diffID, diffID), discardErr)
 	}
-	return l.desc, b.commit(blob, l, "")
+	return l.desc, rootfs.Commit(blob, a.store.blob(l.desc.Digest), 0o644)
 }
 
-// layerBlob returns what points to the blob of a layer that an image here has, and keeps the blob from being
-// removed until release is called. Its size is 0 if no image has the layer.
-func (s *Store) layerBlob(diffID v1.Hash) (desc v1.Descriptor, release func(), err error) {
+// layerBlobs returns what points to the blobs of those layers that images here have, by diff ID, and keeps the
+// blobs from being removed until release is called.
+func (s *Store) layerBlobs(diffIDs []v1.Hash) (blobs map[v1.Hash]v1.Descriptor, release func(), err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	index, err := s.index()
 	if err != nil {
-		return desc, nil, err
+		return nil, nil, err
 	}
+	blobs = map[v1.Hash]v1.Descriptor{}
+	var digests []v1.Hash
 	for _, entry := range index.Manifests {
 		chosen, err := s.choose(entry)
 		if err != nil {
@@ -115,10 +114,12 @@ func (s *Store) layerBlob(diffID v1.Hash) (desc v1.Descriptor, release func(), e
 			continue
 		}
 		for i, l := range manifest.Layers {
-			if cfg.RootFS.DiffIDs[i] == diffID {
-				return l, s.holdLocked([]v1.Hash{l.Digest}), nil
+			diffID := cfg.RootFS.DiffIDs[i]
+			if _, found := blobs[diffID]; !found && slices.Contains(diffIDs, diffID) {
+				blobs[diffID] = l
+				digests = append(digests, l.Digest)
 			}
 		}
 	}
-	return desc, func() {}, nil
+	return blobs, s.holdLocked(digests), nil
 }

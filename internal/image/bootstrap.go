@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/lines"
 )
 
 // stopGrace is how long mmdebstrap has to remove its tree when it is stopped.
@@ -23,7 +24,7 @@ type bootstrap struct {
 	cmd    *exec.Cmd
 	cancel context.CancelFunc
 	stdout io.ReadCloser
-	stderr *messages
+	stderr *lines.Lines
 	lower  *feeder // nil where there is nothing to start from
 	waited bool
 	err    error // of the program, once waited
@@ -45,7 +46,7 @@ func startBootstrap(ctx context.Context, args, env []string, lower func(io.Write
 			WithHint("`apt-get install mmdebstrap`, on Debian")
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	b := &bootstrap{cancel: cancel, stderr: &messages{report: report}}
+	b := &bootstrap{cancel: cancel, stderr: messages(report)}
 	b.cmd = exec.CommandContext(ctx, bin, append(args, "-")...)
 	b.cmd.Env = env
 	if os.Getenv("TMPDIR") == "" {
@@ -53,7 +54,7 @@ func startBootstrap(ctx context.Context, args, env []string, lower func(io.Write
 		// do: subordinate users must be able to get at the tree.
 		b.cmd.Env = append(b.cmd.Env, "TMPDIR=/var/tmp")
 	}
-	b.cmd.Stderr = b.stderr
+	b.cmd.Stderr = b.stderr.Writer()
 	b.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	b.cmd.WaitDelay = stopGrace
 	if b.stdout, err = b.cmd.StdoutPipe(); err != nil {
@@ -146,7 +147,7 @@ func (b *bootstrap) wait() error {
 		return nil
 	}
 	b.signal(syscall.SIGKILL) // whatever outlived the program
-	b.err = shed.Errorf(shed.CodeInternal, "mmdebstrap failed: %w: %s", err, b.stderr.last()).
+	b.err = shed.Errorf(shed.CodeInternal, "mmdebstrap failed: %w: %s", err, b.stderr.Last()).
 		WithHint("it needs Debian's mirrors, and without root the package uidmap and entries in /etc/subuid and /etc/subgid")
 	return b.err
 }
@@ -178,41 +179,16 @@ var steps = map[string]string{
 // stepPrefix marks the lines with which our own hooks say what they do.
 const stepPrefix = "shed: "
 
-// messages reports what the program does and remembers the last lines of all that it says.
-// The exec package writes to it from one goroutine, which is done when Wait returns.
-type messages struct {
-	report  func(string)
-	partial string
-	lines   []string
-}
+// lastLines is how much of what the program said its error has.
+const lastLines = 12
 
-func (m *messages) Write(p []byte) (int, error) {
-	const most = 12
-	text := m.partial + string(p)
-	for {
-		line, rest, ok := strings.Cut(text, "\n")
-		if !ok {
-			break
-		}
-		text = rest
-		line = strings.TrimRight(line, "\r ")
-		if line == "" {
-			continue
-		}
+// messages takes what the program says, and reports what it does.
+func messages(report func(string)) *lines.Lines {
+	return lines.New(lastLines, func(line string) {
 		if step, ok := strings.CutPrefix(line, stepPrefix); ok {
-			m.report(step)
+			report(step)
 		} else if step, ok := steps[strings.TrimPrefix(line, "I: ")]; ok {
-			m.report(step)
+			report(step)
 		}
-		m.lines = append(m.lines, line)
-		if len(m.lines) > most {
-			m.lines = m.lines[len(m.lines)-most:]
-		}
-	}
-	m.partial = text
-	return len(p), nil
-}
-
-func (m *messages) last() string {
-	return strings.Join(append(m.lines, strings.TrimSpace(m.partial)), "\n")
+	})
 }

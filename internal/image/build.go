@@ -4,9 +4,6 @@ import (
 	"archive/tar"
 	"bufio"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -20,7 +17,6 @@ import (
 	"github.com/charliek/shed/internal/rootfs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/klauspost/compress/zstd"
 )
 
 // BuildPreset builds the named preset and gives it that tag; until then, the
@@ -52,17 +48,12 @@ func (s *Store) build(ctx context.Context, preset preset, p shed.Progress) (_ *s
 	if err != nil {
 		return nil, err
 	}
-	existed, err := s.existing(newNeeds())
+	added, err := s.newAddition()
 	if err != nil {
 		return nil, err
 	}
-	b := &presetBuild{store: s, preset: preset, suite: suite, progress: p, own: newNeeds(), existed: existed}
-	defer func() {
-		b.release()
-		if err != nil {
-			err = errors.Join(err, s.discard(b.own, b.existed))
-		}
-	}()
+	defer func() { err = added.end(err) }()
+	b := &presetBuild{addition: added, preset: preset, suite: suite, progress: p}
 	if err := b.base(ctx); err != nil {
 		return nil, err
 	}
@@ -83,39 +74,13 @@ func (s *Store) build(ctx context.Context, preset preset, p shed.Progress) (_ *s
 	return s.image(withTag(desc, preset.name))
 }
 
-// madeLayer is a layer that has its blob and, unless that was removed, its block image.
-type madeLayer struct {
-	desc    v1.Descriptor
-	diffID  v1.Hash
-	history v1.History
-}
-
 // presetBuild is the building of one preset.
 type presetBuild struct {
-	store    *Store
+	*addition
 	preset   preset
 	suite    string
 	progress shed.Progress
 	layers   []madeLayer // bottom first
-
-	own      *needs          // what has been written,
-	existed  map[string]bool // and the files that were there before
-	releases []func()        // of what is held
-}
-
-func (b *presetBuild) release() {
-	for _, release := range b.releases {
-		release()
-	}
-}
-
-// write notes that a blob or block image is being written, and keeps it from being removed.
-func (b *presetBuild) write(h v1.Hash) {
-	b.releases = append(b.releases, b.store.hold(h))
-	if _, err := os.Lstat(b.store.blob(h)); err == nil {
-		b.existed[b.store.blob(h)] = true
-	}
-	b.own.all[h] = struct{}{}
 }
 
 // base makes the bootstrapped system the lowest layer, or takes one that is there.
@@ -123,7 +88,7 @@ func (b *presetBuild) base(ctx context.Context) error {
 	r := b.preset.base
 	if len(b.preset.upper) > 0 {
 		base, release := b.store.built(r.version(b.suite))
-		b.releases = append(b.releases, release)
+		b.keep(release)
 		if base != nil {
 			done := b.progress.Phase("bootstrap", fmt.Sprintf("using the system of image %s, made %s", base.name, base.history.Created.Format(time.DateTime)))
 			b.layers = append(b.layers, base.madeLayer)
@@ -136,11 +101,8 @@ func (b *presetBuild) base(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	blob, l, err := b.convert(ctx, b.count(boot, "bootstrap"))
-	if err = errors.Join(err, boot.stop(err)); err != nil {
-		if ctx.Err() != nil {
-			err = ctx.Err() // that the program died of it is no news
-		}
+	blob, l, err := b.layer(ctx, b.count(boot, "bootstrap"))
+	if err = stopped(ctx, boot, err); err != nil {
 		return err
 	}
 	done()
@@ -152,9 +114,16 @@ func (b *presetBuild) message(phase string) func(string) {
 }
 
 func (b *presetBuild) count(r io.Reader, phase string) io.Reader {
-	return &counter{r: r, report: func(n int64) {
-		b.progress.Report(shed.Event{Phase: phase, Current: n, Unit: "bytes"})
-	}}
+	return b.progress.Reader(r, shed.Event{Phase: phase})
+}
+
+// stopped stops boot, the reading of which ended with err, and returns why the step failed, if it did.
+func stopped(ctx context.Context, boot *bootstrap, err error) error {
+	err = errors.Join(err, boot.stop(err))
+	if err != nil && ctx.Err() != nil {
+		return ctx.Err() // that the program died of it is no news
+	}
+	return err
 }
 
 // extend runs the hook of st in a tree of the layers so far, and makes what it changed the next one.
@@ -191,10 +160,7 @@ func (b *presetBuild) extend(ctx context.Context, st step) (err error) {
 		return err
 	}
 	upper, err := readLayer(bufio.NewReaderSize(io.TeeReader(b.count(boot, "packages"), whole), 1<<20))
-	if err = errors.Join(err, boot.stop(err)); err != nil {
-		if ctx.Err() != nil {
-			err = ctx.Err()
-		}
+	if err = stopped(ctx, boot, err); err != nil {
 		return rootfs.NoSpace(err, b.store.dir)
 	}
 	done()
@@ -232,7 +198,7 @@ func (b *presetBuild) writeTree(w io.Writer, layers []*layer, merged map[string]
 
 // withLayer calls f with the tar of the layer whose blob desc points to.
 func (s *Store) withLayer(desc v1.Descriptor, f func(io.Reader) error) (err error) {
-	r, err := s.unpackBlob(desc, func(int64) {})
+	r, err := s.unpackBlob(desc, nil, shed.Event{})
 	if err != nil {
 		return err
 	}
@@ -257,7 +223,7 @@ func (b *presetBuild) add(ctx context.Context, comment string, write func(io.Wri
 		}
 		pw.CloseWithError(err)
 	}()
-	blob, l, err := b.convert(ctx, pr)
+	blob, l, err := b.layer(ctx, pr)
 	pr.CloseWithError(err) // lets a blocked write go
 	<-written
 	if err != nil {
@@ -268,17 +234,6 @@ func (b *presetBuild) add(ctx context.Context, comment string, write func(io.Wri
 	}
 	done()
 	return nil
-}
-
-// convert makes the block image of a layer from its tar, and the blob, for commit.
-func (b *presetBuild) convert(ctx context.Context, tar io.Reader) (*os.File, madeLayer, error) {
-	blob, desc, diffID, err := b.store.addLayer(ctx, tar)
-	if err != nil {
-		return nil, madeLayer{}, err
-	}
-	b.write(diffID)
-	b.write(desc.Digest)
-	return blob, madeLayer{desc: desc, diffID: diffID}, nil
 }
 
 func (b *presetBuild) commit(blob *os.File, l madeLayer, comment string) error {
@@ -332,16 +287,6 @@ func (b *presetBuild) image() (v1.Descriptor, error) {
 	return desc, nil
 }
 
-// writeJSON makes v a blob, which is held before it is there.
-func (b *presetBuild) writeJSON(v any, mediaType types.MediaType) (v1.Descriptor, error) {
-	content, err := json.Marshal(v)
-	if err != nil {
-		return v1.Descriptor{}, err
-	}
-	b.write(descriptor(content, mediaType).Digest)
-	return b.store.writeJSON(v, mediaType)
-}
-
 // serialize makes p fit for calls from several goroutines.
 func serialize(p shed.Progress) shed.Progress {
 	var mu sync.Mutex
@@ -350,28 +295,4 @@ func serialize(p shed.Progress) shed.Progress {
 		defer mu.Unlock()
 		p.Report(e)
 	}
-}
-
-// addLayer reads a layer's tar once, and makes of it the block image and a compressed
-// blob, which it returns for the caller to commit.
-func (s *Store) addLayer(ctx context.Context, tar io.Reader) (blob *os.File, desc v1.Descriptor, diffID v1.Hash, err error) {
-	blob, err = s.createTemp()
-	if err != nil {
-		return nil, v1.Descriptor{}, v1.Hash{}, err
-	}
-	digest := sha256.New()
-	compressor, err := zstd.NewWriter(io.MultiWriter(blob, digest), zstd.WithEncoderLevel(zstd.SpeedDefault))
-	if err == nil {
-		diffID, _, err = s.layers.Convert(ctx, io.TeeReader(tar, compressor), v1.Hash{})
-		err = errors.Join(err, compressor.Close())
-	}
-	size, serr := blob.Seek(0, io.SeekEnd)
-	if err = errors.Join(err, serr); err != nil {
-		return nil, v1.Descriptor{}, v1.Hash{}, errors.Join(rootfs.NoSpace(err, s.dir), blob.Close(), os.Remove(blob.Name()))
-	}
-	return blob, v1.Descriptor{
-		MediaType: types.OCILayerZStd,
-		Size:      size,
-		Digest:    v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(digest.Sum(nil))},
-	}, diffID, nil
 }

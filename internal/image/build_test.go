@@ -179,9 +179,9 @@ func checkFull(t *testing.T, s *Store, full *shed.Image, path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	desc, ok := s.unlisted(h.Digest)
-	if !ok {
-		t.Fatal("full has no manifest")
+	desc, err := s.unlisted(h.Digest)
+	if err != nil {
+		t.Fatal(err)
 	}
 	manifest, _, err := s.manifest(desc.Digest, desc.MediaType)
 	if err != nil {

@@ -190,33 +190,27 @@ func (s *Store) reachLayers(n *needs, manifest, config v1.Descriptor) error {
 	if err != nil {
 		return fmt.Errorf("%s is no image configuration: %w: %w", s.blob(config.Digest), errDamaged, err)
 	}
-	for _, h := range slices.Concat(cfg.RootFS.DiffIDs, chainIDs(cfg.RootFS.DiffIDs)) {
+	for _, h := range blockImages(cfg.RootFS.DiffIDs) {
 		n.all[h] = struct{}{}
 	}
 	return nil
 }
 
-// chainIDs returns the chain ID of each layer and those below it.
-func chainIDs(diffIDs []v1.Hash) []v1.Hash {
-	ids := slices.Clone(diffIDs)
-	for i := 1; i < len(ids); i++ {
-		ids[i] = rootfs.ChainID(ids[i-1], diffIDs[i])
+// blockImages returns the IDs of the block images that layers, bottom first, may have: each has its own, and the lowest
+// ones, however many, one together.
+func blockImages(diffIDs []v1.Hash) []v1.Hash {
+	chains := slices.Clone(diffIDs)
+	for i := 1; i < len(chains); i++ {
+		chains[i] = rootfs.ChainID(chains[i-1], diffIDs[i])
 	}
-	return ids
+	return append(chains, diffIDs...)
 }
 
 // reachUsed adds what the image with that digest leads to, all of which must be there to be read.
 func (s *Store) reachUsed(n *needs, digest string) error {
-	h, err := v1.NewHash(digest)
+	desc, err := s.unlisted(digest)
 	if err != nil {
 		return err
-	}
-	if _, err := s.readBlob(h); err != nil {
-		return err
-	}
-	desc, ok := s.unlisted(digest)
-	if !ok {
-		return fmt.Errorf("%s is no manifest of an image", s.blob(h))
 	}
 	return s.reach(n, desc)
 }
@@ -328,39 +322,6 @@ func (sw *sweep) collect(used map[string][]string, own *needs) error {
 		return nil
 	}
 	return sw.collectPartial()
-}
-
-// existing returns the paths of those files that own has already.
-func (s *Store) existing(own *needs) (map[string]bool, error) {
-	existed := map[string]bool{}
-	for h := range own.all {
-		if _, err := os.Lstat(s.blob(h)); err == nil {
-			existed[s.blob(h)] = true
-		}
-	}
-	images, err := s.layers.List()
-	for _, img := range images {
-		existed[img.Path] = true
-	}
-	return existed, err
-}
-
-// discard removes the files of own that an operation that failed has added and nothing else needs. What no index led to
-// before no shed can need.
-func (s *Store) discard(own *needs, existed map[string]bool) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	index, err := s.index()
-	if err != nil {
-		return err
-	}
-	sw := newSweep(s, index)
-	if err := sw.collect(nil, own); err != nil {
-		return err
-	}
-	sw.files = slices.DeleteFunc(sw.files, func(path string) bool { return existed[path] })
-	_, err = sw.apply(context.Background())
-	return err
 }
 
 var digestInName = regexp.MustCompile("[0-9a-f]{64}")

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -177,8 +178,12 @@ func TestPruneFollowsRecords(t *testing.T) {
 	}
 	manifest = manifest.DeepCopy()
 	manifest.Subject = &subject
-	desc, err := s.writeJSON(manifest, types.OCIManifestSchema1)
+	raw, err := json.Marshal(manifest)
 	if err != nil {
+		t.Fatal(err)
+	}
+	desc := descriptor(raw, types.OCIManifestSchema1)
+	if err := s.writeFile(s.blob(desc.Digest), raw); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.Prune(t.Context(), usedBy(desc.Digest.String(), "c"), false); err != nil {

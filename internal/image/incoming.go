@@ -165,16 +165,15 @@ func (in *incoming) convert(ctx context.Context, l pulledLayer, f *follower, who
 	defer stop()
 	event := shed.Event{Phase: "convert", Item: short(l.desc.Digest), Total: l.desc.Size, Unit: "bytes"}
 	reported := false
-	report := func(n int64) {
+	report := func(e shed.Event) {
 		select {
 		case <-whole:
 			reported = true
-			event.Current = n
-			in.p.Report(event)
+			in.p.Report(e)
 		default:
 		}
 	}
-	u, err := newUnpacker(l.desc, f, report)
+	u, err := newUnpacker(l.desc, f, report, event)
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}

@@ -147,7 +147,7 @@ func (s *Store) dropDamaged(ctx context.Context, desc v1.Descriptor) (bool, erro
 	}
 	defer f.Close()
 	hash := sha256.New()
-	if _, err := io.Copy(hash, ctxReader{ctx, f}); err != nil {
+	if _, err := io.Copy(hash, readerOf(ctx, f)); err != nil {
 		return false, err
 	}
 	if hex.EncodeToString(hash.Sum(nil)) == desc.Digest.Hex {
@@ -182,7 +182,7 @@ func (s *Store) receive(ctx context.Context, desc v1.Descriptor, open opener, re
 // resume completes f, the beginning of a blob. Where it fails, it says whether what is in f then is of use.
 func resume(ctx context.Context, f *os.File, desc v1.Descriptor, open opener, report func(n int64)) (keep bool, err error) {
 	hash := sha256.New()
-	had, err := io.Copy(hash, io.LimitReader(ctxReader{ctx, f}, desc.Size))
+	had, err := io.Copy(hash, io.LimitReader(readerOf(ctx, f), desc.Size))
 	if err != nil {
 		return true, err
 	}
@@ -242,17 +242,4 @@ func fill(ctx context.Context, w io.Writer, n, size int64, open opener, report f
 		}
 	}
 	return n, nil
-}
-
-// ctxReader stops reading when ctx is done.
-type ctxReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (c ctxReader) Read(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return c.r.Read(p)
 }

@@ -5,8 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"maps"
 	"os"
+	"runtime"
 	"slices"
 
 	"github.com/charliek/shed"
@@ -36,9 +36,7 @@ func (s *Store) Load(ctx context.Context, archive io.Reader, p shed.Progress) ([
 }
 
 func (s *Store) load(ctx context.Context, dir string, archive io.Reader, p shed.Progress, done func()) ([]*shed.Image, error) {
-	a, err := unpack(ctx, dir, &counter{r: archive, report: func(n int64) {
-		p.Report(shed.Event{Phase: "load", Current: n, Unit: "bytes"})
-	}})
+	a, err := unpack(ctx, dir, p.Reader(archive, shed.Event{Phase: "load"}))
 	if err != nil {
 		return nil, err
 	}
@@ -195,7 +193,7 @@ func (a *inArchive) candidates(desc v1.Descriptor, seen map[v1.Hash]bool, found 
 				return err
 			}
 			if img.host {
-				d.Platform = &v1.Platform{OS: "linux", Architecture: hostArch}
+				d.Platform = &v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
 			}
 		}
 		if err := a.candidates(d, seen, found); err != nil {
@@ -315,26 +313,17 @@ func (a *inArchive) dockerImage(ctx context.Context, e dockerImage) (inImage, er
 
 // takeIn makes images of an archive images of the store, all or none.
 func (s *Store) takeIn(ctx context.Context, images []inImage, p shed.Progress) (_ []*shed.Image, err error) {
-	own := newNeeds()
-	for _, img := range images {
-		own.all[img.desc.Digest] = struct{}{}
-		for _, f := range img.blobs {
-			own.all[f.digest] = struct{}{}
-		}
-		for _, h := range slices.Concat(img.diffIDs, chainIDs(img.diffIDs)) {
-			own.all[h] = struct{}{}
-		}
-	}
-	release := s.hold(slices.Collect(maps.Keys(own.all))...)
-	existed, err := s.existing(own)
-	defer func() {
-		release()
-		if err != nil {
-			err = errors.Join(err, s.discard(own, existed))
-		}
-	}()
+	added, err := s.newAddition()
 	if err != nil {
 		return nil, err
+	}
+	defer func() { err = added.end(err) }()
+	for _, img := range images {
+		added.hold(img.desc.Digest)
+		for _, f := range img.blobs {
+			added.hold(f.digest)
+		}
+		added.hold(blockImages(img.diffIDs)...)
 	}
 	var descs []v1.Descriptor
 	var tags []string

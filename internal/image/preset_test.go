@@ -66,9 +66,13 @@ func TestHostSuite(t *testing.T) {
 // fakeBuild starts the building of a preset whose lowest layer is the tar.
 func fakeBuild(t *testing.T, s *Store, preset preset, base []byte) *presetBuild {
 	t.Helper()
-	b := &presetBuild{store: s, preset: preset, suite: "sid", own: newNeeds(), existed: map[string]bool{}}
-	t.Cleanup(b.release)
-	blob, l, err := b.convert(t.Context(), bytes.NewReader(base))
+	added, err := s.newAddition()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { added.end(nil) })
+	b := &presetBuild{addition: added, preset: preset, suite: "sid"}
+	blob, l, err := b.layer(t.Context(), bytes.NewReader(base))
 	if err == nil {
 		err = b.commit(blob, l, "fake")
 	}
@@ -85,7 +89,7 @@ func mustImage(t *testing.T, b *presetBuild, made time.Time) v1.Descriptor {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.release()
+	b.end(nil)
 	return desc
 }
 
@@ -193,9 +197,8 @@ func TestBuildDiscards(t *testing.T) {
 	if len(files(t, filepath.Dir(s.dir))) != len(before)+2 {
 		t.Error("a prune removes what a build is making")
 	}
-	b.release()
-	if err := s.discard(b.own, b.existed); err != nil {
-		t.Fatal(err)
+	if err := b.end(errors.New("failed")); err == nil || err.Error() != "failed" {
+		t.Fatalf("got %v", err)
 	}
 	if after := files(t, filepath.Dir(s.dir)); !slices.Equal(after, before) {
 		t.Errorf("left are %q, want %q", after, before)
@@ -292,18 +295,19 @@ func TestBootstrapLower(t *testing.T) {
 
 func TestMessages(t *testing.T) {
 	var reported []string
-	m := &messages{report: func(s string) { reported = append(reported, s) }}
+	m := messages(func(s string) { reported = append(reported, s) })
+	w := m.Writer()
 	for _, part := range []string{
 		"I: running apt-get upd", "ate...\nW: slow\nshed: installing X\nI: success in 44.1298 seconds\n", strings.Repeat("E: line\n", 20), "\nE: last",
 	} {
-		if n, err := m.Write([]byte(part)); n != len(part) || err != nil {
+		if n, err := w.Write([]byte(part)); n != len(part) || err != nil {
 			t.Fatalf("Write returns %d, %v", n, err)
 		}
 	}
 	if want := []string{"reading the package lists", "installing X"}; !slices.Equal(reported, want) {
 		t.Errorf("reported were %q, want %q", reported, want)
 	}
-	if last := m.last(); !strings.HasSuffix(last, "E: line\nE: last") || strings.Contains(last, "slow") {
+	if last := m.Last(); !strings.HasSuffix(last, "E: line\nE: last") || strings.Contains(last, "slow") {
 		t.Errorf("the last lines are %q", last)
 	}
 }

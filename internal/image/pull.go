@@ -57,7 +57,7 @@ func (s *Store) pull(ctx context.Context, opts shed.PullOptions, patience patien
 	if err := checkPlatform(cfg, want, opts.Platform); err != nil {
 		return nil, err
 	}
-	releaseImages := s.hold(append(chainIDs(cfg.RootFS.DiffIDs), cfg.RootFS.DiffIDs...)...)
+	releaseImages := s.hold(blockImages(cfg.RootFS.DiffIDs)...)
 	defer releaseImages()
 
 	if err := newIncoming(s, r, m, cfg, p, pulled).get(ctx); err != nil {

@@ -46,7 +46,7 @@ func (s *Store) Resolve(ref string) (*shed.Image, error) {
 	defer s.mu.Unlock()
 	desc, err := s.find(ref)
 	if err != nil {
-		if desc, ok := s.unlisted(ref); ok && shed.ErrorCode(err) == shed.CodeNoImage {
+		if desc, uerr := s.unlisted(ref); uerr == nil && shed.ErrorCode(err) == shed.CodeNoImage {
 			return s.image(desc)
 		}
 		return nil, err
@@ -132,21 +132,21 @@ func sameTag(a, b string) bool {
 	return err == nil && fa == fb
 }
 
-// unlisted returns what points to the image with the digest ref, if it is here and no entry of the index.
-func (s *Store) unlisted(ref string) (v1.Descriptor, bool) {
+// unlisted returns what points to the image with the digest ref, whose manifest is here, whether or not the index has it.
+func (s *Store) unlisted(ref string) (v1.Descriptor, error) {
 	digest, err := v1.NewHash("sha256:" + digestPrefix(ref))
 	if err != nil {
-		return v1.Descriptor{}, false
+		return v1.Descriptor{}, err
 	}
 	raw, err := s.readBlob(digest)
 	if err != nil {
-		return v1.Descriptor{}, false
+		return v1.Descriptor{}, err
 	}
 	manifest, err := v1.ParseManifest(bytes.NewReader(raw))
 	if err != nil || manifest.Config.Digest == (v1.Hash{}) {
-		return v1.Descriptor{}, false
+		return v1.Descriptor{}, fmt.Errorf("%s is no manifest of an image", s.blob(digest))
 	}
-	return v1.Descriptor{MediaType: cmp.Or(manifest.MediaType, types.OCIManifestSchema1), Size: int64(len(raw)), Digest: digest}, true
+	return v1.Descriptor{MediaType: cmp.Or(manifest.MediaType, types.OCIManifestSchema1), Size: int64(len(raw)), Digest: digest}, nil
 }
 
 func noImage(ref string, tags []string) error {
@@ -220,12 +220,9 @@ func (s *Store) chooseIn(desc v1.Descriptor, seen map[v1.Hash]bool, others *[]st
 	return nil, nil
 }
 
-// hostArch is what images for machines on this host are for.
-const hostArch = runtime.GOARCH
-
 // forHost says whether a machine on this host runs images for p.
 func forHost(p v1.Platform) bool {
-	return p.Architecture == hostArch && (p.OS == "linux" || p.OS == "")
+	return p.Architecture == runtime.GOARCH && (p.OS == "linux" || p.OS == "")
 }
 
 // checkTag returns the familiar form of a tag that an image is to get.

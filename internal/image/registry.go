@@ -136,13 +136,9 @@ func (r *registry) imageIn(ctx context.Context, id string, want v1.Platform, dep
 	*others = append(*others, rest...)
 	for _, d := range fitting {
 		raw, m, mediaType, err := r.imageIn(ctx, d.Digest.String(), want, depth-1, others)
-		if err != nil || m == nil {
-			if err != nil {
-				return nil, nil, "", err
-			}
-			continue
+		if err != nil || m != nil {
+			return raw, m, mediaType, err
 		}
-		return raw, m, mediaType, nil
 	}
 	return nil, nil, "", nil
 }

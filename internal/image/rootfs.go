@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,11 +31,7 @@ func (s *Store) Rootfs(ctx context.Context, img *shed.Image, p shed.Progress) ([
 func (s *Store) RootfsWithin(ctx context.Context, img *shed.Image, most int, p shed.Progress) ([]string, v1.ConfigFile, error) {
 	paths, cfg, err := s.rootfs(ctx, img, most, p)
 	if err != nil {
-		name := img.Ref
-		if name == "" {
-			name = img.Digest
-		}
-		return nil, v1.ConfigFile{}, fmt.Errorf("image %s: %w", name, err)
+		return nil, v1.ConfigFile{}, fmt.Errorf("image %s: %w", cmp.Or(img.Ref, img.Digest), err)
 	}
 	return paths, *cfg, nil
 }
@@ -92,9 +89,7 @@ func (s *Store) merge(ctx context.Context, layers []v1.Descriptor, diffIDs []v1.
 		merged = append(merged, rootfs.MergeLayer{DiffID: diffIDs[i], Open: func() (io.ReadCloser, error) {
 			start := before
 			before += l.Size
-			return s.unpackBlob(l, func(n int64) {
-				p.Report(shed.Event{Phase: "merge", Current: start + n, Total: total, Unit: "bytes"})
-			})
+			return s.unpackBlob(l, p, shed.Event{Phase: "merge", Current: start, Total: total})
 		}})
 	}
 	path, err := s.layers.Merge(ctx, merged)
@@ -105,9 +100,7 @@ func (s *Store) merge(ctx context.Context, layers []v1.Descriptor, diffIDs []v1.
 }
 
 func (s *Store) convert(ctx context.Context, l v1.Descriptor, diffID v1.Hash, p shed.Progress) (string, error) {
-	u, err := s.unpackBlob(l, func(n int64) {
-		p.Report(shed.Event{Phase: "layer", Current: n, Total: l.Size, Unit: "bytes"})
-	})
+	u, err := s.unpackBlob(l, p, shed.Event{Phase: "layer", Total: l.Size})
 	if err != nil {
 		return "", err
 	}
@@ -115,13 +108,13 @@ func (s *Store) convert(ctx context.Context, l v1.Descriptor, diffID v1.Hash, p 
 	return path, errors.Join(err, u.Close())
 }
 
-// unpackBlob returns a reader of what is in a layer's blob, and has it report how much of the blob was read.
-func (s *Store) unpackBlob(l v1.Descriptor, report func(n int64)) (*unpacker, error) {
+// unpackBlob returns a reader of what is in a layer's blob. It reports to p, as e, how much of the blob was read.
+func (s *Store) unpackBlob(l v1.Descriptor, p shed.Progress, e shed.Event) (*unpacker, error) {
 	f, err := os.Open(s.blob(l.Digest))
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
 	}
-	u, err := newUnpacker(l, f, report)
+	u, err := newUnpacker(l, f, p, e)
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
@@ -135,15 +128,15 @@ const maxLayer = 128 << 30
 // is wrong with reading it.
 type unpacker struct {
 	blob    io.ReadCloser
-	counter *counter
-	readErr error // of blob
+	counted io.Reader // blob
+	readErr error     // of blob
 	r       io.ReadCloser
 	left    int64 // bytes that it may yield
 }
 
-// newUnpacker unpacks blob. To close it closes blob.
-func newUnpacker(l v1.Descriptor, blob io.ReadCloser, report func(n int64)) (*unpacker, error) {
-	u := &unpacker{blob: blob, counter: &counter{r: blob, report: report}, left: maxLayer}
+// newUnpacker unpacks blob, and reports to p, as e, how much of it was read. To close it closes blob.
+func newUnpacker(l v1.Descriptor, blob io.ReadCloser, p shed.Progress, e shed.Event) (*unpacker, error) {
+	u := &unpacker{blob: blob, counted: p.Reader(blob, e), left: maxLayer}
 	r, err := decompressors[l.MediaType](readerFunc(u.readBlob))
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", l.Digest, u.explain(err))
@@ -153,7 +146,7 @@ func newUnpacker(l v1.Descriptor, blob io.ReadCloser, report func(n int64)) (*un
 }
 
 func (u *unpacker) readBlob(p []byte) (int, error) {
-	n, err := u.counter.Read(p)
+	n, err := u.counted.Read(p)
 	if err != nil && !errors.Is(err, io.EOF) {
 		u.readErr = err
 	}
@@ -202,22 +195,4 @@ func unzstd(r io.Reader) (io.ReadCloser, error) {
 		return nil, err
 	}
 	return d.IOReadCloser(), nil
-}
-
-// counter reports every few MB how much was read.
-type counter struct {
-	r              io.Reader
-	n, reportedFor int64
-	report         func(int64)
-}
-
-func (c *counter) Read(p []byte) (int, error) {
-	const step = 4 << 20
-	n, err := c.r.Read(p)
-	c.n += int64(n)
-	if at := c.n / step; at != c.reportedFor {
-		c.reportedFor = at
-		c.report(c.n)
-	}
-	return n, err
 }

@@ -157,7 +157,7 @@ func (s *Store) describe(entry v1.Descriptor) (*shed.ImageDetail, error) {
 	d.Digest = desc.Digest.String()
 	d.CreatedAt = cfg.Created.Time
 	if p := cfg.Platform(); p != nil {
-		d.Platform = v1.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant}.String()
+		d.Platform = platformName(*p)
 	}
 	files := map[string]struct{}{s.blob(entry.Digest): {}, s.blob(desc.Digest): {}, s.blob(manifest.Config.Digest): {}}
 	for i, l := range manifest.Layers {
@@ -289,19 +289,6 @@ func descriptor(content []byte, mediaType types.MediaType) v1.Descriptor {
 	return v1.Descriptor{
 		MediaType: mediaType, Size: int64(len(content)), Digest: v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(sum[:])},
 	}
-}
-
-// writeJSON makes v a blob and returns where it is.
-func (s *Store) writeJSON(v any, mediaType types.MediaType) (v1.Descriptor, error) {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return v1.Descriptor{}, err
-	}
-	desc := descriptor(b, mediaType)
-	if err := s.writeFile(s.blob(desc.Digest), b); err != nil {
-		return v1.Descriptor{}, err
-	}
-	return desc, nil
 }
 
 func (s *Store) writeMissing(name string, v any) error {

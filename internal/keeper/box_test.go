@@ -7,9 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -164,6 +164,23 @@ func (b *box) boots() int {
 	return len(s)
 }
 
+func (b *box) wantBoots(want int) {
+	b.Helper()
+	if n := b.boots(); n != want {
+		b.Errorf("%d boots, want %d", n, want)
+	}
+}
+
+// stuff writes to conn for as long as anything takes it, where nobody reads.
+func stuff(conn net.Conn, patience time.Duration) {
+	conn.SetWriteDeadline(time.Now().Add(patience))
+	for {
+		if _, err := conn.Write(make([]byte, 64<<10)); err != nil {
+			return
+		}
+	}
+}
+
 // keeperPID returns the pid of the keeper.
 func (b *box) keeperPID() int {
 	b.Helper()
@@ -171,17 +188,11 @@ func (b *box) keeperPID() int {
 	if err != nil {
 		b.Fatal(err)
 	}
-	procs, err := os.ReadDir("/proc")
-	if err != nil {
-		b.Fatal(err)
+	pid, err := findHolder(lock)
+	if pid == 0 || err != nil {
+		b.Fatalf("there is no keeper: %v", err)
 	}
-	for _, p := range procs {
-		if pid, err := strconv.Atoi(p.Name()); err == nil && holdsLock(pid, lock) {
-			return pid
-		}
-	}
-	b.Fatal("there is no keeper")
-	return 0
+	return pid
 }
 
 func (b *box) signalKeeper(sig syscall.Signal) {

@@ -126,15 +126,11 @@ func spawn(rec record, dir string, lock *os.File) (*Client, error) {
 // Find returns the keeper that the shed in dir has, or ErrNotRunning.
 func Find(dir string) (*Client, error) {
 	run := filepath.Join(dir, RunDir)
-	c := &Client{run}
-	if !c.alive() {
+	if !locked(run) {
 		return nil, ErrNotRunning
 	}
-	return c, nil
+	return &Client{run}, nil
 }
-
-// alive tells whether somebody holds the keeper's lock.
-func (c *Client) alive() bool { return locked(c.run) }
 
 // dial connects to the keeper, which may only just have been started.
 func (c *Client) dial(ctx context.Context) (net.Conn, error) {
@@ -143,13 +139,11 @@ func (c *Client) dial(ctx context.Context) (net.Conn, error) {
 		if err == nil {
 			return conn, nil
 		}
-		if !c.alive() {
+		if !locked(c.run) {
 			return nil, ErrNotRunning
 		}
-		select {
-		case <-ctx.Done():
+		if !sleep(ctx, time.Millisecond) {
 			return nil, context.Cause(ctx)
-		case <-time.After(time.Millisecond):
 		}
 	}
 }
@@ -258,11 +252,9 @@ func (c *Client) ping(ctx context.Context) error {
 func (c *Client) waitEnd(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, errNoAnswer)
 	defer cancel()
-	for c.alive() {
-		select {
-		case <-ctx.Done():
+	for locked(c.run) {
+		if !sleep(ctx, time.Millisecond) {
 			return context.Cause(ctx)
-		case <-time.After(time.Millisecond):
 		}
 	}
 	return nil

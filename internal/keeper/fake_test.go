@@ -132,10 +132,8 @@ func (m fakeMachine) DialNetwork(ctx context.Context) (net.Conn, error) {
 
 func (m fakeMachine) Wait(ctx context.Context) (vm.Exit, error) {
 	for (fakeDriver{}).Running(m.dir) {
-		select {
-		case <-ctx.Done():
+		if !sleep(ctx, time.Millisecond) {
 			return vm.Exit{}, ctx.Err()
-		case <-time.After(time.Millisecond):
 		}
 	}
 	b, err := os.ReadFile(filepath.Join(m.dir, monitorExit))

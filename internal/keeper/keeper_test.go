@@ -45,9 +45,7 @@ func TestStartAndStop(t *testing.T) {
 			t.Errorf("LastExit: %+v, %v; want %+v", last, ok, exit)
 		}
 	}
-	if n := b.boots(); n != 2 {
-		t.Errorf("%d boots, want 2", n)
-	}
+	b.wantBoots(2)
 }
 
 func TestStopByForce(t *testing.T) {
@@ -65,9 +63,7 @@ func TestStopByForce(t *testing.T) {
 			t.Parallel()
 			b := newBox(t)
 			b.stop(b.startUp(tt.behaviour), tt.grace, tt.words)
-			if n := b.boots(); n != 1 {
-				t.Errorf("%d boots, want 1", n)
-			}
+			b.wantBoots(1)
 		})
 	}
 }
@@ -129,9 +125,7 @@ func TestBootFails(t *testing.T) {
 			if tt.boots == 0 {
 				return
 			}
-			if n := b.boots(); n != tt.boots {
-				t.Errorf("%d boots, want %d", n, tt.boots)
-			}
+			b.wantBoots(tt.boots)
 		})
 	}
 }
@@ -145,9 +139,7 @@ func TestBootThatHangsIsRepeated(t *testing.T) {
 	if err := c.Ready(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if n := b.boots(); n != 2 {
-		t.Errorf("%d boots, want 2", n)
-	}
+	b.wantBoots(2)
 	b.stop(c, time.Minute, "")
 }
 
@@ -312,13 +304,7 @@ func TestStopWithIdleClients(t *testing.T) {
 	if err := agent.WriteMessage(conn, agent.Request{Exec: &shed.Command{Script: "echo"}}); err != nil {
 		t.Fatal(err)
 	}
-	// Until it comes to a halt everywhere, as nobody reads.
-	conn.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
-	for {
-		if _, err := conn.Write(make([]byte, 64<<10)); err != nil {
-			break
-		}
-	}
+	stuff(conn, 500*time.Millisecond)
 	b.stop(c, time.Minute, "")
 }
 
@@ -341,12 +327,7 @@ func TestStopOfAFrozenMachine(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
-		for {
-			if _, err := conn.Write(make([]byte, 64<<10)); err != nil {
-				break
-			}
-		}
+		stuff(conn, 200*time.Millisecond)
 	}
 	b.stop(c, 100*time.Millisecond, "did not shut down within 100ms")
 }

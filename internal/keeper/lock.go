@@ -91,40 +91,47 @@ func killHolder(run string) (found bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	procs, err := os.ReadDir("/proc")
-	if err != nil {
+	pid, err := findHolder(lock)
+	if pid == 0 || err != nil {
 		return false, err
 	}
-	for _, p := range procs {
-		pid, err := strconv.Atoi(p.Name())
-		if err != nil || pid == os.Getpid() || !holdsLock(pid, lock) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return true, nil
+	}
+	if err != nil {
+		return true, fmt.Errorf("pidfd_open of the keeper: %w", err)
+	}
+	defer unix.Close(pidfd)
+	// The pid may have become another process's before the descriptor held on to it.
+	if !holdsLock(pid, lock) {
+		return true, nil
+	}
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return true, fmt.Errorf("killing the keeper: %w", err)
+	}
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(answerTimeout.Milliseconds()))
+		switch {
+		case errors.Is(err, unix.EINTR):
 			continue
+		case err == nil && n == 0:
+			return true, fmt.Errorf("the keeper, process %d, was killed and did not end within %v", pid, answerTimeout)
 		}
-		pidfd, err := unix.PidfdOpen(pid, 0)
-		if errors.Is(err, unix.ESRCH) {
-			return true, nil
-		}
-		if err != nil {
-			return true, fmt.Errorf("pidfd_open of the keeper: %w", err)
-		}
-		defer unix.Close(pidfd)
-		// The pid may have become another process's before the descriptor held on to it.
-		if !holdsLock(pid, lock) {
-			return true, nil
-		}
-		if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-			return true, fmt.Errorf("killing the keeper: %w", err)
-		}
-		for {
-			n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(answerTimeout.Milliseconds()))
-			switch {
-			case errors.Is(err, unix.EINTR):
-				continue
-			case err == nil && n == 0:
-				return true, fmt.Errorf("the keeper, process %d, was killed and did not end within %v", pid, answerTimeout)
-			}
-			return true, err
+		return true, err
+	}
+}
+
+// findHolder returns the pid of the other process that is the keeper by holdsLock, or 0.
+func findHolder(lock os.FileInfo) (pid int, err error) {
+	procs, err := os.ReadDir("/proc")
+	if err != nil {
+		return 0, err
+	}
+	for _, p := range procs {
+		if pid, err := strconv.Atoi(p.Name()); err == nil && pid != os.Getpid() && holdsLock(pid, lock) {
+			return pid, nil
 		}
 	}
-	return false, nil
+	return 0, nil
 }

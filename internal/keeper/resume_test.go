@@ -55,9 +55,7 @@ func TestResume(t *testing.T) {
 		wg.Wait()
 	}
 	b.stop(c, time.Minute, "")
-	if n := b.boots(); n != 1 {
-		t.Errorf("%d boots, want 1", n)
-	}
+	b.wantBoots(1)
 	if _, err := Resume(t.Context(), os.Args[0], b.dir, fakeDriver{}); !errors.Is(err, ErrNotRunning) {
 		t.Errorf("Resume of nothing: %v, want ErrNotRunning", err)
 	}
@@ -88,9 +86,7 @@ func TestResumeWithoutAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.stop(c, time.Hour, "its agent has ended")
-	if n := b.boots(); n != 1 {
-		t.Errorf("%d boots, want 1", n)
-	}
+	b.wantBoots(1)
 }
 
 // A machine that ends while its next keeper comes is not started again.
@@ -119,9 +115,7 @@ func TestResumeOfWhatHasEnded(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.nothingRuns()
-	if n := b.boots(); n != 1 {
-		t.Errorf("%d boots, want 1", n)
-	}
+	b.wantBoots(1)
 }
 
 // A record that can't be read is an error, and no reason to end what runs.
@@ -202,9 +196,7 @@ func TestStopWithAFrozenKeeper(t *testing.T) {
 				t.Error(err)
 			}
 			b.nothingRuns()
-			if n := b.boots(); n != 1 {
-				t.Errorf("%d boots, want 1", n)
-			}
+			b.wantBoots(1)
 		})
 	}
 }

@@ -8,28 +8,28 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
+
+	"github.com/charliek/shed/internal/lines"
 )
 
 const (
 	// stopGrace is how long a child has to end when it is asked to.
 	stopGrace = 5 * time.Second
-	// maxMessages bounds what is kept of a child's messages, in bytes and lines.
-	maxMessages     = 4 << 10
-	maxMessageLines = 5
+	// lastLines is how much of a child's messages an error has.
+	lastLines = 5
 )
 
 // command returns a command that speaks English and ends with ctx, and its stderr.
-func command(ctx context.Context, dir, name string, args ...string) (*exec.Cmd, *messages) {
+func command(ctx context.Context, dir, name string, args ...string) (*exec.Cmd, *lines.Lines) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = stopGrace
-	stderr := new(messages)
-	cmd.Stderr = stderr
+	stderr := lines.New(lastLines, nil)
+	cmd.Stderr = stderr.Writer()
 	return cmd, stderr
 }
 
@@ -44,30 +44,10 @@ func run(ctx context.Context, dir, name string, args ...string) ([]byte, error) 
 	return out.Bytes(), nil
 }
 
-func childError(cmd *exec.Cmd, err error, stderr *messages) error {
+func childError(cmd *exec.Cmd, err error, stderr *lines.Lines) error {
 	err = fmt.Errorf("%s: %w", filepath.Base(cmd.Path), err)
-	if lines := stderr.lines(); len(lines) > 0 {
-		err = errors.Join(err, errors.New(strings.Join(lines, "\n")))
+	if said := stderr.Last(); said != "" {
+		err = errors.Join(err, errors.New(said))
 	}
 	return err
-}
-
-// messages keeps the end of what is written to it.
-type messages struct{ buf []byte }
-
-func (m *messages) Write(p []byte) (int, error) {
-	m.buf = append(m.buf, p...)
-	if over := len(m.buf) - maxMessages; over > 0 {
-		m.buf = m.buf[over:]
-	}
-	return len(p), nil
-}
-
-func (m *messages) lines() []string {
-	text := strings.TrimSpace(string(m.buf))
-	if text == "" {
-		return nil
-	}
-	lines := strings.Split(text, "\n")
-	return lines[max(0, len(lines)-maxMessageLines):]
 }

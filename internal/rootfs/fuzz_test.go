@@ -24,10 +24,7 @@ func FuzzConvert(f *testing.F) {
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// What is refused may be anything.
-		_ = write(t, func(out *os.File) error {
-			_, err := writeLayer(t.Context(), out, bytes.NewReader(fixChecksums(b)), 8<<20)
-			return err
-		})
+		_ = writeConverted(t, fixChecksums(b))
 	})
 }
 
@@ -42,16 +39,10 @@ func FuzzMerge(f *testing.F) {
 	f.Add([]byte{}, gnuSparse("f", "end", 1<<20))
 	f.Fuzz(func(t *testing.T, a, b []byte) {
 		a, b = fixChecksums(a), fixChecksums(b)
-		if write(t, func(out *os.File) error {
-			_, err := writeLayer(t.Context(), out, bytes.NewReader(a), 8<<20)
-			return err
-		}) != nil {
+		if writeConverted(t, a) != nil {
 			return
 		}
-		convertErr := write(t, func(out *os.File) error {
-			_, err := writeLayer(t.Context(), out, bytes.NewReader(b), 8<<20)
-			return err
-		})
+		convertErr := writeConverted(t, b)
 		layers := []MergeLayer{mergeLayer(a), mergeLayer(b)}
 		mergeErr := write(t, func(out *os.File) error {
 			merged, err := mergeTrees(t.Context(), layers)
@@ -63,6 +54,15 @@ func FuzzMerge(f *testing.F) {
 		if convertErr == nil && mergeErr != nil {
 			t.Errorf("merging gives %v", mergeErr)
 		}
+	})
+}
+
+// writeConverted converts a layer, and checks the image if there is no error.
+func writeConverted(t *testing.T, b []byte) error {
+	t.Helper()
+	return write(t, func(out *os.File) error {
+		_, err := writeLayer(t.Context(), out, bytes.NewReader(b), 8<<20)
+		return err
 	})
 }
 

@@ -49,16 +49,19 @@ func OpenLayers(dir string) (*Layers, error) {
 // Path returns the path of the block image of the layer with that diff ID, and
 // whether it has been made.
 func (l *Layers) Path(diffID v1.Hash) (string, bool) {
-	if !isSHA256(diffID) {
+	return findImage(l.dir, diffID)
+}
+
+// findImage returns the path of the block image with that ID in dir, and whether it is there.
+func findImage(dir string, id v1.Hash) (string, bool) {
+	if !isSHA256(id) {
 		return "", false
 	}
-	path := l.path(diffID)
+	path := imagePath(dir, id)
 	return path, isFile(path)
 }
 
-func (l *Layers) path(diffID v1.Hash) string {
-	return filepath.Join(l.dir, diffID.Hex+".img")
-}
+func imagePath(dir string, id v1.Hash) string { return filepath.Join(dir, id.Hex+".img") }
 
 func isFile(path string) bool {
 	fi, err := os.Lstat(path)
@@ -68,6 +71,13 @@ func isFile(path string) bool {
 func isSHA256(h v1.Hash) bool {
 	_, err := v1.NewHash(h.String())
 	return err == nil && h.Algorithm == "sha256"
+}
+
+func checkDiffID(diffID v1.Hash) error {
+	if !isSHA256(diffID) {
+		return shed.Errorf(shed.CodeUnsupported, "layer %s: only sha256 diff IDs are supported", diffID)
+	}
+	return nil
 }
 
 // Convert makes the block image of the layer whose uncompressed tar r yields, and
@@ -94,10 +104,10 @@ func isSHA256(h v1.Hash) bool {
 // last one counts and what the earlier ones hold ends up in there.
 func (l *Layers) Convert(ctx context.Context, r io.Reader, declared v1.Hash) (v1.Hash, string, error) {
 	if declared != (v1.Hash{}) {
-		if !isSHA256(declared) {
-			return v1.Hash{}, "", shed.Errorf(shed.CodeUnsupported, "layer %s: only sha256 diff IDs are supported", declared)
+		if err := checkDiffID(declared); err != nil {
+			return v1.Hash{}, "", err
 		}
-		release, err := l.lock(ctx, l.path(declared))
+		release, err := l.lock(ctx, imagePath(l.dir, declared))
 		if err != nil {
 			return v1.Hash{}, "", fmt.Errorf("layer %s: %w", declared, err)
 		}
@@ -154,7 +164,7 @@ func (l *Layers) convert(ctx context.Context, r io.Reader, declared v1.Hash) (di
 		discard(f)
 		return v1.Hash{}, "", NoSpace(err, l.dir)
 	}
-	path = l.path(diffID)
+	path = imagePath(l.dir, diffID)
 	if err := Commit(f, path, 0o444); err != nil {
 		return v1.Hash{}, "", err
 	}

@@ -85,11 +85,9 @@ func convert(t testing.TB, l *Layers, b []byte) string {
 // e2fs runs a program of e2fsprogs, on which the package depends.
 func e2fs(t testing.TB, name string, args ...string) string {
 	t.Helper()
-	bin, err := exec.LookPath(name)
+	bin, err := LookPath(name)
 	if err != nil {
-		if bin, err = exec.LookPath(filepath.Join("/usr/sbin", name)); err != nil {
-			t.Fatalf("%s is needed for this test: install e2fsprogs", name)
-		}
+		t.Fatalf("%s is needed for this test: install e2fsprogs", name)
 	}
 	cmd := exec.Command(bin, args...)
 	cmd.Env = append(os.Environ(), "DEBUGFS_PAGER=cat", "TZ=UTC", "LC_ALL=C")

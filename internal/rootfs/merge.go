@@ -7,9 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 
-	"github.com/charliek/shed"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
@@ -34,15 +32,7 @@ func ChainID(diffIDs ...v1.Hash) v1.Hash {
 // MergedPath returns the path of the block image of the layers with that chain ID,
 // and whether Merge has made it.
 func (l *Layers) MergedPath(chainID v1.Hash) (string, bool) {
-	if !isSHA256(chainID) {
-		return "", false
-	}
-	path := l.mergedPath(chainID)
-	return path, isFile(path)
-}
-
-func (l *Layers) mergedPath(chainID v1.Hash) string {
-	return filepath.Join(l.chains, chainID.Hex+".img")
+	return findImage(l.chains, chainID)
 }
 
 // Merge makes one block image of layers, bottom first, and returns its path. The image is for the
@@ -61,11 +51,12 @@ func (l *Layers) Merge(ctx context.Context, layers []MergeLayer) (string, error)
 	}
 	ids := make([]v1.Hash, len(layers))
 	for i, layer := range layers {
-		if ids[i] = layer.DiffID; !isSHA256(ids[i]) {
-			return "", shed.Errorf(shed.CodeUnsupported, "layer %s: only sha256 diff IDs are supported", ids[i])
+		if err := checkDiffID(layer.DiffID); err != nil {
+			return "", err
 		}
+		ids[i] = layer.DiffID
 	}
-	path := l.mergedPath(ChainID(ids...))
+	path := imagePath(l.chains, ChainID(ids...))
 	release, err := l.lock(ctx, path)
 	if err != nil {
 		return "", fmt.Errorf("merging %d layers: %w", len(layers), err)

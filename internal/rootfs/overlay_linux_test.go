@@ -1,7 +1,6 @@
 package rootfs
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,7 +14,6 @@ import (
 	"syscall"
 	"testing"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sys/unix"
 )
 
@@ -38,12 +36,7 @@ func TestMergeIsOverlay(t *testing.T) {
 		l := openLayers(t)
 		var images []string
 		for _, entries := range s {
-			b := layer(t, entries...)
-			_, img, err := l.Convert(t.Context(), bytes.NewReader(b), v1.Hash{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			images = append(images, img)
+			images = append(images, convert(t, l, layer(t, entries...)))
 		}
 		want := mounted(t, images)
 		for n := 1; n <= len(s); n++ {

@@ -53,7 +53,7 @@ func rewriteLayer(ctx context.Context, dst io.Writer, src io.Reader, limit int64
 	displaced := 0
 	hash, err := readLayer(ctx, src, limit, func(e entry, body io.Reader) error {
 		was, err := t.add(e)
-		if err != nil || was == unchanged || e.hdr.Typeflag == tar.TypeDir {
+		if err != nil || was == unchanged {
 			return err
 		}
 		if was == replaced {

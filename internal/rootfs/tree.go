@@ -132,12 +132,12 @@ func (n *node) makeDirectory() error {
 type change uint8
 
 const (
-	unchanged change = iota
-	added            // a name that the layer didn't have, or a directory
-	replaced         // a name that another entry had
+	unchanged change = iota // no file, or a name that it had already
+	added                   // a file with a name that the layer didn't have
+	replaced                // a file with a name that another one had
 )
 
-// add adds what an entry says to the layer t.
+// add adds what an entry says to the layer t, and returns what that changes for files that are no directories.
 func (t *tree) add(e entry) (change, error) {
 	n, err := t.make(e.name)
 	if err != nil {
@@ -160,7 +160,7 @@ func (t *tree) add(e entry) (change, error) {
 	}
 	if isDir {
 		n.kind, n.hdr = kindDirectory, e.hdr
-		return added, nil
+		return unchanged, nil
 	}
 	from := origin{t.layer, e.index}
 	if e.hdr.Typeflag == tar.TypeLink {

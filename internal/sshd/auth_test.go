@@ -146,17 +146,7 @@ func TestHandshakeLimit(t *testing.T) {
 // A client that doesn't answer is given up, which ends its commands.
 func TestMuteClient(t *testing.T) {
 	ts := newTestServer(t, func(s *Server) { s.keepAlive = 20 * time.Millisecond })
-	nc, err := net.Dial("tcp", ts.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	conn, channels, requests, err := ssh.NewClientConn(nc, ts.addr, &ssh.ClientConfig{
-		User: "box", Auth: []ssh.AuthMethod{ssh.PublicKeys(ts.signer)}, HostKeyCallback: ssh.InsecureIgnoreHostKey(),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn, channels, requests := ts.dialRaw("box")
 	go func() {
 		for nch := range channels {
 			nch.Reject(ssh.Prohibited, "")
@@ -172,14 +162,8 @@ func TestMuteClient(t *testing.T) {
 			}
 		}
 	}()
-	ch, reqs, err := conn.OpenChannel("session", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, reqs := ts.startOn(conn, "sleep 100000")
 	go ssh.DiscardRequests(reqs)
-	if ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ S string }{"sleep 100000"})); !ok || err != nil {
-		t.Fatal(ok, err)
-	}
 	mute.Store(true)
 	<-ts.sheds.ended
 	<-ended
@@ -188,25 +172,9 @@ func TestMuteClient(t *testing.T) {
 // A client that answers nothing but sends something lives: its answers wait behind that.
 func TestBusyClient(t *testing.T) {
 	ts := newTestServer(t, func(s *Server) { s.keepAlive = 200 * time.Millisecond })
-	nc, err := net.Dial("tcp", ts.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	conn, _, requests, err := ssh.NewClientConn(nc, ts.addr, &ssh.ClientConfig{
-		User: "box", Auth: []ssh.AuthMethod{ssh.PublicKeys(ts.signer)}, HostKeyCallback: ssh.InsecureIgnoreHostKey(),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ch, reqs, err := conn.OpenChannel("session", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn, _, requests := ts.dialRaw("box")
+	ch, reqs := ts.startOn(conn, "wc -c")
 	go ssh.DiscardRequests(reqs)
-	if ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ S string }{"wc -c"})); !ok || err != nil {
-		t.Fatal(ok, err)
-	}
 	const n = 200
 	for range n {
 		if _, err := ch.Write([]byte("x")); err != nil {

@@ -62,7 +62,7 @@ func (c *connection) serve(ctx context.Context, channels <-chan ssh.NewChannel, 
 	c.parts.Go(func() { c.watch(ctx) })
 
 	for nch := range channels {
-		if open := int(c.open.Load()); open >= c.s.maxChannels {
+		if int(c.open.Load()) >= c.s.maxChannels {
 			c.reject(nch, ssh.ResourceShortage, fmt.Sprintf("a connection can have %d channels at most", c.s.maxChannels))
 			continue
 		}

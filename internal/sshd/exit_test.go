@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"io"
 	"testing"
-
-	"golang.org/x/crypto/ssh"
 )
 
 // All that a command wrote is delivered before its end is, even to a client that
@@ -15,10 +13,8 @@ func TestOutputBeforeExit(t *testing.T) {
 	client := ts.mustDial("box")
 	const window = 2 << 20 // of Go's client
 	for range 3 {
-		ch, reqs, err := client.OpenChannel("session", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		script := fmt.Sprintf("head -c %d /dev/zero; exit 3", window+1)
+		ch, reqs := ts.startOn(client, script)
 		var ends []string
 		read := make(chan struct{})
 		go func() {
@@ -27,10 +23,6 @@ func TestOutputBeforeExit(t *testing.T) {
 				ends = append(ends, req.Type)
 			}
 		}()
-		script := fmt.Sprintf("head -c %d /dev/zero; exit 3", window+1)
-		if ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ S string }{script})); !ok || err != nil {
-			t.Fatal(ok, err)
-		}
 		<-ts.sheds.ended
 		for range 50 { // gives a server that would not wait the time for it
 			if _, _, err := client.SendRequest("keepalive@openssh.com", true, nil); err != nil {
@@ -53,13 +45,7 @@ func TestStatusBeforeEOF(t *testing.T) {
 	client := ts.mustDial("box")
 	for script, want := range map[string]string{"exit 3": "exit-status", "kill -TERM $$": "exit-signal"} {
 		for range 100 { // in the other order it can be in time by chance
-			ch, reqs, err := client.OpenChannel("session", nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ S string }{script})); !ok || err != nil {
-				t.Fatal(ok, err)
-			}
+			ch, reqs := ts.startOn(client, script)
 			if _, err := io.Copy(io.Discard, ch); err != nil {
 				t.Fatal(err)
 			}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"strconv"
 	"sync"
 	"time"
 
@@ -78,29 +77,19 @@ func (c *connection) listenTCP(ctx context.Context, payload []byte) ([]byte, err
 	}
 	asked := on.port
 	if asked == 0 {
-		_, port, err := net.SplitHostPort(address)
-		if err == nil {
-			var n uint64
-			n, err = strconv.ParseUint(port, 10, 16)
-			on.port = uint32(n)
-		}
+		bound, err := parseHostPort(address)
 		if err != nil {
 			l.Close()
 			return nil, fmt.Errorf("the shed listens on %q: %w", address, err)
 		}
+		on.port = bound.port
 	}
 	err = c.forward(ctx, on.endpoint().Address, l, "forwarded-tcpip", func(a agent.Accepted) []byte {
-		from := hostPort{host: "127.0.0.1"} // where it isn't known
-		if host, port, err := net.SplitHostPort(a.Remote); err == nil {
-			n, _ := strconv.ParseUint(port, 10, 16)
-			from = hostPort{host, uint32(n)}
+		from, err := parseHostPort(a.Remote)
+		if err != nil {
+			from = hostPort{host: "127.0.0.1"} // it isn't known
 		}
-		return ssh.Marshal(struct {
-			Host       string
-			Port       uint32
-			Origin     string
-			OriginPort uint32
-		}{on.host, on.port, from.host, from.port})
+		return ssh.Marshal(tcpChannel{on.host, on.port, from.host, from.port})
 	})
 	if err != nil || asked != 0 {
 		return nil, err

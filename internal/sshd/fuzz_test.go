@@ -2,7 +2,6 @@ package sshd
 
 import (
 	"context"
-	"crypto/ed25519"
 	"net"
 	"testing"
 
@@ -28,19 +27,7 @@ func (noSheds) Listen(context.Context, string, shed.Endpoint) (net.Conn, error) 
 
 // FuzzConnection sends a client's requests, after which the connection has to work still.
 func FuzzConnection(f *testing.F) {
-	key := func() ssh.Signer {
-		_, private, err := ed25519.GenerateKey(nil)
-		if err != nil {
-			f.Fatal(err)
-		}
-		s, err := ssh.NewSignerFromKey(private)
-		if err != nil {
-			f.Fatal(err)
-		}
-		return s
-	}
-	user := key()
-	host := key()
+	user, host := memoryKey(f), memoryKey(f)
 	s := New(Config{
 		Sheds: noSheds{}, HostKey: host,
 		AuthorizedKeys: AuthorizedKeys{Lines: []string{string(ssh.MarshalAuthorizedKey(user.PublicKey()))}},

@@ -35,20 +35,21 @@ type source struct {
 
 // sourceOf returns whom to hold responsible: an IPv6 client has a whole network of addresses.
 func sourceOf(addr net.Addr) netip.Prefix {
-	ap, err := netip.ParseAddrPort(addr.String())
+	ip, err := ipOf(addr)
 	if err != nil {
 		return netip.Prefix{}
 	}
-	ip := ap.Addr().Unmap().WithZone("")
 	bits := 32
 	if ip.Is6() {
 		bits = 64
 	}
-	p, err := ip.Prefix(bits)
-	if err != nil {
-		return netip.Prefix{}
-	}
-	return p
+	return netip.PrefixFrom(ip, bits).Masked()
+}
+
+// ipOf returns the IP of addr, without a zone.
+func ipOf(addr net.Addr) (netip.Addr, error) {
+	ap, err := netip.ParseAddrPort(addr.String())
+	return ap.Addr().Unmap().WithZone(""), err
 }
 
 // enter takes a connection of src in, or returns why not. leave must be called when it is decided

@@ -133,14 +133,30 @@ func (h hostPort) endpoint() shed.Endpoint {
 	return shed.Endpoint{Network: "tcp", Address: net.JoinHostPort(h.host, strconv.FormatUint(uint64(h.port), 10))}
 }
 
+// parseHostPort is the reverse of endpoint.
+func parseHostPort(address string) (hostPort, error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return hostPort{}, err
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		return hostPort{}, err
+	}
+	return hostPort{host, uint32(n)}, nil
+}
+
+// tcpChannel is the payload of channels of the types direct-tcpip and forwarded-tcpip.
+type tcpChannel struct {
+	Host       string
+	Port       uint32
+	Origin     string
+	OriginPort uint32
+}
+
 // parseDirectTCP returns where to connect for a channel of type direct-tcpip.
 func parseDirectTCP(payload []byte) (hostPort, error) {
-	var m struct {
-		Host       string
-		Port       uint32
-		Origin     string
-		OriginPort uint32
-	}
+	var m tcpChannel
 	if err := ssh.Unmarshal(payload, &m); err != nil {
 		return hostPort{}, err
 	}

@@ -34,7 +34,7 @@ type authorizedKey struct {
 	where   string // FILE:LINE
 	key     []byte // in wire format
 	refused string // why the key can't be used, or ""
-	from    *sources
+	from    sources
 	expires time.Time // zero: never
 
 	// ca says that not the key itself may log in but one with a certificate of it, for one of
@@ -279,26 +279,24 @@ func (e authorizedKey) grantCertificate(user string, remote net.Addr, cert *ssh.
 }
 
 // sources is a list of addresses. A nil one has all.
-type sources struct {
-	prefixes []negatable[netip.Prefix]
-	patterns []negatable[string] // of the address as text
-}
+type sources []sourceEntry
 
-type negatable[T any] struct {
-	of  T
-	not bool
+type sourceEntry struct {
+	contains func(netip.Addr) bool
+	not      bool // the addresses are excluded
 }
 
 var addressPatternRE = regexp.MustCompile(`^[0-9A-Fa-f.:*?]*[*?][0-9A-Fa-f.:*?]*$`)
 
 // parseSources parses a list of addresses, CIDR blocks, and patterns of addresses, any of which can
 // be negated. Names would need the DNS, which is no authority for who a client is.
-func parseSources(list string) (*sources, error) {
-	s := &sources{}
+func parseSources(list string) (sources, error) {
+	var s sources
 	for entry := range strings.SplitSeq(list, ",") {
 		text, not := strings.CutPrefix(entry, "!")
 		if addressPatternRE.MatchString(text) {
-			s.patterns = append(s.patterns, negatable[string]{strings.ToLower(text), not})
+			pattern := strings.ToLower(text)
+			s = append(s, sourceEntry{func(addr netip.Addr) bool { return matches(pattern, addr.String()) }, not})
 			continue
 		}
 		p, err := netip.ParsePrefix(text)
@@ -312,33 +310,24 @@ func parseSources(list string) (*sources, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%.40q is no address or CIDR block; nothing else is supported there", entry)
 		}
-		s.prefixes = append(s.prefixes, negatable[netip.Prefix]{p, not})
+		s = append(s, sourceEntry{p.Contains, not})
 	}
 	return s, nil
 }
 
 // contain reports whether remote is in the list and nothing of the list excludes it.
-func (s *sources) contain(remote net.Addr) bool {
+func (s sources) contain(remote net.Addr) bool {
 	if s == nil {
 		return true
 	}
-	ap, err := netip.ParseAddrPort(remote.String())
+	addr, err := ipOf(remote)
 	if err != nil {
 		return false
 	}
-	addr := ap.Addr().Unmap().WithZone("")
 	found := false
-	for _, p := range s.prefixes {
-		if p.of.Contains(addr) {
-			if p.not {
-				return false
-			}
-			found = true
-		}
-	}
-	for _, p := range s.patterns {
-		if matches(p.of, addr.String()) {
-			if p.not {
+	for _, e := range s {
+		if e.contains(addr) {
+			if e.not {
 				return false
 			}
 			found = true

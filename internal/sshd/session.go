@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 
@@ -173,19 +172,21 @@ func (s *session) command(cmd shed.Command, asked string) *shed.Command {
 	if cmd.Subsystem == "" {
 		cmd.TTY = s.tty
 	}
-	remote, local := addrFields(s.conn.RemoteAddr()), addrFields(s.conn.LocalAddr())
-	port := local[strings.LastIndex(local, " ")+1:]
-	cmd.Env = append(append(env, "SSH_CONNECTION="+remote+" "+local, "SSH_CLIENT="+remote+" "+port), r.env...)
+	client, clientPort := addrFields(s.conn.RemoteAddr())
+	server, serverPort := addrFields(s.conn.LocalAddr())
+	cmd.Env = append(append(env,
+		fmt.Sprintf("SSH_CONNECTION=%s %d %s %d", client, clientPort, server, serverPort),
+		fmt.Sprintf("SSH_CLIENT=%s %d %d", client, clientPort, serverPort)), r.env...)
 	return &cmd
 }
 
-// addrFields returns an address as the variables of SSH have it: the IP, a space, the port.
-func addrFields(addr net.Addr) string {
+// addrFields returns an address as the variables of SSH have it.
+func addrFields(addr net.Addr) (ip string, port uint16) {
 	ap, err := netip.ParseAddrPort(addr.String())
 	if err != nil {
-		return "UNKNOWN 0"
+		return "UNKNOWN", 0
 	}
-	return ap.Addr().Unmap().String() + " " + strconv.Itoa(int(ap.Port()))
+	return ap.Addr().Unmap().String(), ap.Port()
 }
 
 func (s *session) resize(size shed.Size) error {

@@ -418,11 +418,7 @@ func TestRefusedRequests(t *testing.T) {
 
 func TestSharedConnection(t *testing.T) {
 	ts := newTestServer(t)
-	dir, err := os.MkdirTemp("", "shed") // the path of a socket can't be long
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
+	dir := socketDir(t)
 	master := ts.ssh(ts.ident, "box", "-M", "-S", dir+"/s", "127.0.0.1", "echo ready; cat")
 	stdin, err := master.StdinPipe()
 	if err != nil {

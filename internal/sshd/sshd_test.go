@@ -356,13 +356,17 @@ func (ts *testServer) box(script string, options ...string) result {
 	return ts.run(ts.ssh(ts.ident, "box", append(options, "127.0.0.1", script)...))
 }
 
-// dial logs in with Go's client.
-func (ts *testServer) dial(user string, keys ...ssh.Signer) (*ssh.Client, error) {
-	return ssh.Dial("tcp", ts.addr, &ssh.ClientConfig{
+func clientConfig(user string, keys ...ssh.Signer) *ssh.ClientConfig {
+	return &ssh.ClientConfig{
 		User:            user,
 		Auth:            []ssh.AuthMethod{ssh.PublicKeys(keys...)},
 		HostKeyCallback: ssh.InsecureIgnoreHostKey(),
-	})
+	}
+}
+
+// dial logs in with Go's client.
+func (ts *testServer) dial(user string, keys ...ssh.Signer) (*ssh.Client, error) {
+	return ssh.Dial("tcp", ts.addr, clientConfig(user, keys...))
 }
 
 func (ts *testServer) mustDial(user string) *ssh.Client {
@@ -375,8 +379,36 @@ func (ts *testServer) mustDial(user string) *ssh.Client {
 	return c
 }
 
+// dialRaw logs in and leaves the server's channels and requests to the caller.
+func (ts *testServer) dialRaw(user string) (ssh.Conn, <-chan ssh.NewChannel, <-chan *ssh.Request) {
+	ts.t.Helper()
+	nc, err := net.Dial("tcp", ts.addr)
+	if err != nil {
+		ts.t.Fatal(err)
+	}
+	ts.t.Cleanup(func() { nc.Close() })
+	conn, channels, requests, err := ssh.NewClientConn(nc, ts.addr, clientConfig(user, ts.signer))
+	if err != nil {
+		ts.t.Fatal(err)
+	}
+	return conn, channels, requests
+}
+
+// startOn runs a script on a new channel of conn, whose requests are left to the caller.
+func (ts *testServer) startOn(conn ssh.Conn, script string) (ssh.Channel, <-chan *ssh.Request) {
+	ts.t.Helper()
+	ch, requests, err := conn.OpenChannel("session", nil)
+	if err != nil {
+		ts.t.Fatal(err)
+	}
+	if ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ S string }{script})); !ok || err != nil {
+		ts.t.Fatal(ok, err)
+	}
+	return ch, requests
+}
+
 // memoryKey makes a key that is in no file.
-func memoryKey(t *testing.T) ssh.Signer {
+func memoryKey(t testing.TB) ssh.Signer {
 	t.Helper()
 	s, err := ssh.NewSignerFromKey(newPrivateKey(t))
 	if err != nil {
@@ -385,7 +417,7 @@ func memoryKey(t *testing.T) ssh.Signer {
 	return s
 }
 
-func newPrivateKey(t *testing.T) ed25519.PrivateKey {
+func newPrivateKey(t testing.TB) ed25519.PrivateKey {
 	t.Helper()
 	_, key, err := ed25519.GenerateKey(nil)
 	if err != nil {

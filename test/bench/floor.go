@@ -5,8 +5,6 @@ package main
 import (
 	"encoding/binary"
 	"os"
-	"path"
-	"slices"
 
 	"github.com/cavaliergopher/cpio"
 )
@@ -49,8 +47,8 @@ func tinyInit() []byte {
 	return append(b, code...)
 }
 
-// writeInitramfs writes files, by path, and the directories that they and mounts need.
-func writeInitramfs(name string, files map[string][]byte) (err error) {
+// writeInitramfs writes an initramfs that has the program init and nothing else.
+func writeInitramfs(name string, init []byte) (err error) {
 	f, err := os.Create(name)
 	if err != nil {
 		return err
@@ -61,23 +59,11 @@ func writeInitramfs(name string, files map[string][]byte) (err error) {
 		}
 	}()
 	w := cpio.NewWriter(f)
-	for _, dir := range []string{"proc", "sys", "dev", "modules"} {
-		if err := w.WriteHeader(&cpio.Header{Name: dir, Mode: cpio.TypeDir | 0o755}); err != nil {
-			return err
-		}
+	if err := w.WriteHeader(&cpio.Header{Name: "init", Mode: cpio.TypeReg | 0o755, Size: int64(len(init))}); err != nil {
+		return err
 	}
-	var names []string
-	for n := range files {
-		names = append(names, path.Clean(n))
-	}
-	slices.Sort(names)
-	for _, n := range names {
-		if err := w.WriteHeader(&cpio.Header{Name: n, Mode: cpio.TypeReg | 0o755, Size: int64(len(files[n]))}); err != nil {
-			return err
-		}
-		if _, err := w.Write(files[n]); err != nil {
-			return err
-		}
+	if _, err := w.Write(init); err != nil {
+		return err
 	}
 	return w.Close()
 }

@@ -7,6 +7,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -132,9 +133,9 @@ func (b *bench) median(f func() (time.Duration, error)) (time.Duration, error) {
 	return mid(ds), nil
 }
 
-func mid(ds []time.Duration) time.Duration {
-	slices.Sort(ds)
-	return ds[len(ds)/2]
+func mid[T cmp.Ordered](values []T) T {
+	slices.Sort(values)
+	return values[len(values)/2]
 }
 
 func (b *bench) run(idle time.Duration) error {
@@ -226,8 +227,7 @@ func (b *bench) create() error {
 	for _, p := range []string{"disk", "boot"} {
 		row("phase "+p, ms(mid(phases[p])), "", "")
 	}
-	slices.Sort(used)
-	row("disk that a new shed costs, just created", fmt.Sprintf("%.2f MB", float64(used[len(used)/2])/1e6), "", "4 MB")
+	row("disk that a new shed costs, just created", fmt.Sprintf("%.2f MB", float64(mid(used))/1e6), "", "4 MB")
 	return nil
 }
 
@@ -336,7 +336,7 @@ func (b *bench) newFloor() (*floor, error) {
 	}
 	f := &floor{driver: &qemu.Driver{Binary: binary, Accel: accel}, dir: b.dir, bundle: bundle}
 	f.spec = vm.Spec{CPUs: cpus, MemoryMB: memoryMB, Kernel: bundle.Kernel(), Initrd: filepath.Join(b.dir, "floor.cpio")}
-	return f, writeInitramfs(f.spec.Initrd, map[string][]byte{"init": tinyInit()})
+	return f, writeInitramfs(f.spec.Initrd, tinyInit())
 }
 
 func (f *floor) start() (vm.Machine, time.Time, error) {

@@ -31,15 +31,9 @@ import (
 // slowRuns bounds how often what takes many seconds is measured.
 const slowRuns = 3
 
-// has says whether a program is there.
-func has(program string) bool {
-	_, err := exec.LookPath(program)
-	return err == nil
-}
-
 // lacks leaves out what, if a program for it is missing, which the Debian package pkg has.
 func (b *bench) lacks(what, program, pkg string) bool {
-	if has(program) {
+	if _, err := exec.LookPath(program); err == nil {
 		return false
 	}
 	b.leaveOut("%s: there is no %s, which is in Debian's package %s", what, program, pkg)
@@ -200,7 +194,7 @@ func (s *server) describe(ref string) (string, error) {
 	if zstd {
 		compression = "zstd"
 	}
-	return fmt.Sprintf("%.0f MB %s", float64(size)/1e6, compression), nil
+	return mb(size) + " " + compression, nil
 }
 
 // stored returns an image from the server's store.

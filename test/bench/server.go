@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -52,10 +51,7 @@ func startServer(bin, dir string) (*server, error) {
 	if err := s.cmd.Start(); err != nil {
 		return nil, err
 	}
-	s.client = api.NewClient(func(ctx context.Context) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", socket)
-	}, "bench")
+	s.client = api.NewUnixClient(socket, "bench")
 	err = eventually(func() error {
 		_, err := s.client.Info(context.Background())
 		return err

@@ -109,12 +109,25 @@ func (m *machine) handle(s *agent.Stream) {
 	default:
 		err = errors.New("the agent doesn't know this request: it may be older than the server")
 	}
+	if answer(s, err) {
+		s.Close()
+	}
+}
+
+// answer sends the reply to a request for which err stands, and closes s unless the request goes on.
+func answer(s *agent.Stream, err error) (goesOn bool) {
 	var reply agent.Reply
 	if err != nil {
 		reply.Error = err.Error()
 	}
-	agent.WriteMessage(s, reply)
-	s.Close()
+	if werr := agent.WriteMessage(s, reply); werr != nil {
+		s.Reset()
+		return false
+	}
+	if err != nil {
+		s.Close()
+	}
+	return err == nil
 }
 
 func setClock(c agent.Clock) error {

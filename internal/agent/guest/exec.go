@@ -145,20 +145,11 @@ func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
 	if setup == nil {
 		return nil, errors.New("the shed isn't set up yet")
 	}
-	// A program runs as the image wants it to, and a login is the default user's.
 	isProgram := len(c.Args) > 0
-	ofImage := isProgram && c.User == "" && setup.Image.User != ""
-	var a *account
-	var err error
-	if ofImage {
-		a, err = lookupImageUser(setup.Image.User)
-	} else {
-		a, err = lookupUser(c.User)
-	}
+	a, base, err := commandUser(*setup, c.User, isProgram)
 	if err != nil {
 		return nil, err
 	}
-	base := a.baseEnv(setup.Image.Env, ofImage).with(setup.Env...)
 	own := c.Env
 	if c.TTY != nil && c.TTY.Term != "" {
 		own = append([]string{"TERM=" + c.TTY.Term}, own...)
@@ -201,6 +192,21 @@ func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
 	}
 	cmd.Env = environ(cmd.Env).with("PWD=" + cmd.Dir)
 	return cmd, nil
+}
+
+// commandUser returns whom a command runs as that asks for user, and their environment before any
+// shell has run. A program runs as the image wants it to, and a login is the default user's.
+func commandUser(s agent.Setup, user string, isProgram bool) (a *account, base environ, err error) {
+	ofImage := isProgram && user == "" && s.Image.User != ""
+	if ofImage {
+		a, err = lookupImageUser(s.Image.User)
+	} else {
+		a, err = lookupUser(user)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return a, a.baseEnv(s.Image.Env, ofImage).with(s.Env...), nil
 }
 
 // startDirs returns where commands start, the best first, before their user's home.

@@ -76,11 +76,17 @@ func newShed(t *testing.T) *agent.Client {
 	return shedWith(t, agent.Setup{Workspace: t.TempDir()})
 }
 
+// start starts cmd, as root unless it says otherwise.
 func start(t *testing.T, c *agent.Client, cmd shed.Command) shed.Process {
 	t.Helper()
 	if cmd.User == "" {
 		cmd.User = "root"
 	}
+	return startAsIs(t, c, cmd)
+}
+
+func startAsIs(t *testing.T, c *agent.Client, cmd shed.Command) shed.Process {
+	t.Helper()
 	s, err := c.Open(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -374,9 +380,15 @@ func TestExecDoesNotWaitForTheBackground(t *testing.T) {
 }
 
 func TestExecEndsThoughTheBackgroundWritesOn(t *testing.T) {
-	p := start(t, newShed(t), sh(`yes & echo $!; sleep 0.05; exit 2`))
+	p := start(t, newShed(t), sh(`sh -c 'echo $$; exec yes' & read x; exit 2`))
 	pid := readPID(t, p.Stdout())
 	t.Cleanup(func() { unix.Kill(pid, unix.SIGKILL) })
+	if _, err := io.ReadFull(p.Stdout(), make([]byte, len("y\n"))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(p.Stdin(), "\n"); err != nil {
+		t.Fatal(err)
+	}
 	if got := finish(t, p); got.Code != 2 || !strings.HasPrefix(got.stdout, "y\n") {
 		t.Errorf("code %d, %.20q", got.Code, got.stdout)
 	}

@@ -33,22 +33,6 @@ func (m *machine) dial(s *agent.Stream, to shed.Endpoint) {
 	agent.Splice(s, conn)
 }
 
-// answer sends the reply to a request for which err stands, and closes s unless the request goes on.
-func answer(s *agent.Stream, err error) (goesOn bool) {
-	var reply agent.Reply
-	if err != nil {
-		reply.Error = err.Error()
-	}
-	if werr := agent.WriteMessage(s, reply); werr != nil {
-		s.Reset()
-		return false
-	}
-	if err != nil {
-		s.Close()
-	}
-	return err == nil
-}
-
 func (m *machine) connect(to shed.Endpoint) (conn net.Conn, err error) {
 	switch to.Network {
 	case "accepted":

@@ -26,15 +26,7 @@ func TestExecAsTheImageSays(t *testing.T) {
 	const show = `echo $(id -u) $(id -g) $FROM $KIND $HOME; pwd; echo ":$PATH:"`
 	asRun := func(cmd shed.Command) result {
 		t.Helper()
-		s, err := c.Open(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := agent.WriteMessage(s, agent.Request{Exec: &cmd}); err != nil {
-			t.Fatal(err)
-		}
-		p := agent.NewProcess(s)
-		t.Cleanup(func() { p.Close() })
+		p := startAsIs(t, c, cmd)
 		p.Stdin().Close()
 		return finish(t, p)
 	}

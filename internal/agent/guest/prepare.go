@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -33,16 +34,18 @@ func prepareImage(root string, img agent.Image, now time.Time) error {
 	if err := makeDirs(root, img.WorkingDir); err != nil {
 		return err
 	}
-	c := changes{root: root}
-	for _, f := range []func(*changes) error{
-		func(c *changes) error { return c.addUser(now) },
-		func(c *changes) error { return c.addHome() },
-		func(c *changes) error { return c.addRights() },
-		func(c *changes) error { return c.addPath(environ(img.Env).get("PATH")) },
-	} {
-		if err := f(&c); err != nil {
-			return err
-		}
+	c := &changes{root: root}
+	if err := c.addUser(now); err != nil {
+		return err
+	}
+	if err := c.addHome(); err != nil {
+		return err
+	}
+	if err := c.addRights(); err != nil {
+		return err
+	}
+	if err := c.addPath(environ(img.Env).get("PATH")); err != nil {
+		return err
 	}
 	return c.commit()
 }
@@ -85,10 +88,7 @@ func (c *changes) put(path, content string, mode os.FileMode) error {
 	file := filepath.Join(c.root, path)
 	uid, gid := 0, 0
 	if fi, err := os.Stat(file); err == nil {
-		var st unix.Stat_t
-		if err := unix.Stat(file, &st); err != nil {
-			return err
-		}
+		st := fi.Sys().(*syscall.Stat_t)
 		mode, uid, gid = fi.Mode().Perm(), int(st.Uid), int(st.Gid)
 	}
 	if err := os.WriteFile(file+newSuffix, []byte(content), 0o600); err != nil {

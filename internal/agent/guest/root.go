@@ -64,18 +64,14 @@ const (
 	commandLimit = 200 * time.Millisecond
 )
 
-// warmUp asks the login shell of whom commands run as for its environment, which the first one
+// warmUp asks the login shell of whom programs run as for its environment, which the first one
 // needs, before an init competes for the processors.
 func (m *machine) warmUp(s agent.Setup) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		lookup, ofImage := lookupUser, s.Image.User != ""
-		if ofImage {
-			lookup = lookupImageUser
-		}
-		if a, err := lookup(s.Image.User); err == nil {
-			m.envs.get(a, a.baseEnv(s.Image.Env, ofImage).with(s.Env...))
+		if a, base, err := commandUser(s, "", true); err == nil {
+			m.envs.get(a, base)
 		}
 	}()
 	select {
