@@ -13,6 +13,7 @@ const (
 	CodeInvalid     Code = "INVALID"            // the request can't be carried out as it stands
 	CodeNotFound    Code = "SHED_NOT_FOUND"     // no shed of that name
 	CodeNoImage     Code = "IMAGE_NOT_FOUND"    // no image of that name or digest
+	CodeNoSession   Code = "SESSION_NOT_FOUND"  // no session of that name in the shed
 	CodeExists      Code = "SHED_EXISTS"        // a shed of that name is there
 	CodeConflict    Code = "CONFLICT"           // not in this state: running, being created, in use
 	CodeNoSpace     Code = "NO_SPACE"           // the disk is full, or would be

@@ -154,4 +154,11 @@ type Info struct {
 	Backends []string `json:"backends"`
 	Accel    string   `json:"accel"` // "kvm", "tcg", "hvf"
 	StateDir string   `json:"state_dir"`
+	SSH      string   `json:"ssh"` // HOST:PORT that the SSH server listens on
+}
+
+// HostKey is the public key that a server's SSH server proves itself with.
+type HostKey struct {
+	Key         string `json:"key"`         // as in a file of authorized keys: TYPE BASE64
+	Fingerprint string `json:"fingerprint"` // SHA256:...
 }

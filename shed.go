@@ -155,15 +155,16 @@ type TTY struct {
 // SubsystemSFTP is the subsystem that serves files, by the SFTP protocol on stdin and stdout.
 const SubsystemSFTP = "sftp"
 
-// Command is what to run in a shed. Exactly one of Args, Script, Login and Subsystem
-// says what: Args is run literally, Script by the user's login shell with -c,
-// Login starts an interactive login shell, and Subsystem names a program that every shed
-// has, whatever its image.
+// Command is what to run in a shed. Exactly one of Args, Script, Login, Subsystem and
+// Attach says what: Args is run literally, Script by the user's login shell with -c,
+// Login starts an interactive login shell, Subsystem names a program that every shed
+// has, whatever its image, and Attach a session, which needs a TTY and is the default user's.
 type Command struct {
 	Args      []string `json:"args,omitempty"`
 	Script    string   `json:"script,omitempty"`
 	Login     bool     `json:"login,omitempty"`
 	Subsystem string   `json:"subsystem,omitempty"`
+	Attach    *Attach  `json:"attach,omitempty"`
 
 	Env  []string `json:"env,omitempty"`  // K=V, added to the login environment
 	Dir  string   `json:"dir,omitempty"`  // default: the shed's workspace, or a subsystem's user's home
@@ -174,16 +175,24 @@ type Command struct {
 // Validate checks what can be told without the shed.
 func (c Command) Validate() error {
 	kinds := 0
-	for _, set := range []bool{len(c.Args) > 0, c.Script != "", c.Login, c.Subsystem != ""} {
+	for _, set := range []bool{len(c.Args) > 0, c.Script != "", c.Login, c.Subsystem != "", c.Attach != nil} {
 		if set {
 			kinds++
 		}
 	}
 	if kinds != 1 {
-		return Errorf(CodeInvalid, "a command is exactly one of args, script, login and subsystem")
+		return Errorf(CodeInvalid, "a command is exactly one of args, script, login, subsystem and attach")
 	}
 	if c.Subsystem != "" && (c.Subsystem != SubsystemSFTP || c.TTY != nil) {
 		return Errorf(CodeInvalid, "there is no subsystem %.80q; the only one is %s, without a terminal", c.Subsystem, SubsystemSFTP)
+	}
+	if c.Attach != nil {
+		if err := c.Attach.Validate(); err != nil {
+			return err
+		}
+		if c.TTY == nil || c.User != "" {
+			return Errorf(CodeInvalid, "a session is shown on a terminal, and is the shed's user's")
+		}
 	}
 	for _, s := range append(append([]string{c.Script, c.Dir, c.User}, c.Args...), c.Env...) {
 		if strings.ContainsRune(s, 0) {
@@ -287,7 +296,8 @@ type Sheds interface {
 
 	// Exec runs cmd in a shed, starting the shed if it is stopped. The returned
 	// connection speaks the exec protocol of internal/agent; NewProcess there
-	// makes a Process of it. Closing it ends the command.
+	// makes a Process of it. Closing it ends the command, but detaches from a session. See Attach
+	// for further errors.
 	Exec(ctx context.Context, name string, cmd Command) (net.Conn, error)
 
 	// Dial connects to an address in a shed, starting the shed if it is stopped. Names resolve
@@ -304,4 +314,13 @@ type Sheds interface {
 	// Accepted for each connection, which is to be dialled with the network "accepted".
 	// Closing it ends the listening, but no connection.
 	Listen(ctx context.Context, name string, on Endpoint) (net.Conn, error)
+
+	// Sessions returns the sessions of a shed, sorted by name. A stopped one has none.
+	Sessions(ctx context.Context, name string) ([]Session, error)
+
+	// AllSessions returns the sessions of all sheds.
+	AllSessions(ctx context.Context) (SessionList, error)
+
+	// KillSession ends a session and what runs in it. CodeNoSession if it isn't there.
+	KillSession(ctx context.Context, name, session string) error
 }

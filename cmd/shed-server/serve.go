@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/crypto/ssh"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -75,7 +76,11 @@ func serve(ctx context.Context, cfg config) (err error) {
 		log.Warn("nobody can log in by SSH: no key is authorized", "why", strings.Join(problems, "; "), "hint", authorizeHint)
 	}
 	sshServer := sshd.New(sshd.Config{Sheds: e, HostKey: hostKey, AuthorizedKeys: keys, Log: log})
-	handler := api.NewServer(e, e, func() shed.Info { return info }, log)
+	info.SSH = listeners[2].Addr().String()
+	handler := api.NewServer(api.Config{
+		Sheds: e, Images: e, Info: info, Log: log,
+		HostKey: shed.HostKey{Key: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(hostKey.PublicKey()))), Fingerprint: ssh.FingerprintSHA256(hostKey.PublicKey())},
+	})
 	if cfg.AllowInsecure {
 		log.Warn("the HTTP API is open to everybody who reaches this address", "address", listeners[1].Addr())
 	}

@@ -83,26 +83,29 @@ func (c *cli) connect(name string) (*api.Client, error) {
 	return client, nil
 }
 
-// resolve returns a client and the name of the shed that ref means: NAME or SERVER/NAME.
-func (c *cli) resolve(ref string) (*api.Client, string, error) {
-	server, name, exact := strings.Cut(ref, "/")
-	if !exact {
-		server, name = "", ref
-	} else if server == "" || c.server != "" && c.server != server {
-		return nil, "", shed.Errorf(shed.CodeInvalid, "%q does not name a shed on the server %q", ref, c.server).
-			WithHint("give the server as SERVER/NAME or as --server SERVER")
-	}
-	if err := shed.ValidateName(name); err != nil {
-		return nil, "", err
-	}
-	client, err := c.connect(server)
-	return client, name, err
-}
-
 // target is a shed to do something to.
 type target struct {
 	client *api.Client
 	name   string
+}
+
+// resolve returns the shed that ref means: NAME or SERVER/NAME.
+func (c *cli) resolve(_ context.Context, ref string) (target, error) { return c.place(ref) }
+
+// place returns where the shed is, or is to be, that ref means: without a server in it, the default one.
+func (c *cli) place(ref string) (target, error) {
+	server, name, exact := strings.Cut(ref, "/")
+	if !exact {
+		server, name = "", ref
+	} else if server == "" || c.server != "" && c.server != server {
+		return target{}, shed.Errorf(shed.CodeInvalid, "%q does not name a shed on the server %q", ref, c.server).
+			WithHint("give the server as SERVER/NAME or as --server SERVER")
+	}
+	if err := shed.ValidateName(name); err != nil {
+		return target{}, err
+	}
+	client, err := c.connect(server)
+	return target{client, name}, err
 }
 
 // targets returns the sheds that refs mean. It fails, before anything is done to
@@ -115,14 +118,14 @@ func (c *cli) targets(ctx context.Context, refs []string) ([]target, error) {
 			return nil // once is enough
 		}
 		seen[ref] = true
-		client, name, err := c.resolve(ref)
+		t, err := c.resolve(ctx, ref)
 		if err != nil {
 			return err
 		}
-		if _, err := client.Get(ctx, name); err != nil {
+		if _, err := t.client.Get(ctx, t.name); err != nil {
 			return err
 		}
-		targets = append(targets, target{client, name})
+		targets = append(targets, t)
 		return nil
 	})
 	return targets, err

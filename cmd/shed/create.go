@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
-	"github.com/charliek/shed/internal/api"
 	"github.com/spf13/cobra"
 )
 
@@ -22,21 +21,21 @@ func newCreate(c *cli) *cobra.Command {
 		Example: "  shed create web --repo charliek/shed --cpus 4 --memory 8G",
 		Args:    needs(false, "NAME"),
 		RunE: c.action(func(ctx context.Context, args []string) error {
-			client, name, err := c.resolve(args[0])
+			t, err := c.place(args[0])
 			if err != nil {
 				return err
 			}
-			opts.Name, opts.MemoryMB, opts.UpperSize = name, int(memory.n), upper.n
+			opts.Name, opts.MemoryMB, opts.UpperSize = t.name, int(memory.n), upper.n
 			ctx, cancel := context.WithTimeout(ctx, time.Duration(timeout))
 			defer cancel()
-			report, end := c.progress("create " + name)
-			sh, err := client.Create(ctx, opts, report)
+			report, end := c.progress("create " + t.name)
+			sh, err := t.client.Create(ctx, opts, report)
 			end()
 			switch {
 			case errors.Is(err, context.DeadlineExceeded):
-				return cutOff(ctx, client, name, "not done after "+timeout.String()).WithHint("allow more with --timeout")
+				return cutOff(ctx, t, "not done after "+timeout.String()).WithHint("allow more with --timeout")
 			case errors.Is(err, context.Canceled):
-				return cutOff(ctx, client, name, interrupted)
+				return cutOff(ctx, t, interrupted)
 			case err != nil:
 				return err
 			}
@@ -71,20 +70,20 @@ const undoTime = 30 * time.Second
 
 // cutOff says what has become of a create that this program gave up, because of why:
 // the server undoes it when it sees that the caller has gone.
-func cutOff(ctx context.Context, client *api.Client, name, why string) *shed.Error {
+func cutOff(ctx context.Context, t target, why string) *shed.Error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 	defer cancel()
 	for {
-		sh, err := client.Get(ctx, name)
+		sh, err := t.client.Get(ctx, t.name)
 		switch {
 		case shed.ErrorCode(err) == shed.CodeNotFound:
-			return shed.Errorf(shed.CodeInternal, "create %s: %s, so it was undone: nothing of it is left", name, why)
+			return shed.Errorf(shed.CodeInternal, "create %s: %s, so it was undone: nothing of it is left", t.name, why)
 		case err != nil:
-			return shed.Errorf(shed.CodeInternal, "create %s: %s; whether it was undone is not known: %v", name, why, err).
+			return shed.Errorf(shed.CodeInternal, "create %s: %s; whether it was undone is not known: %v", t.name, why, err).
 				WithHint("`shed list` shows whether it is there")
 		case sh.Status != shed.StatusCreating:
-			return shed.Errorf(shed.CodeInternal, "create %s: %s; there is a shed of that name, which is %s", name, why, sh.Status).
-				WithHint("shed delete %s removes it", name)
+			return shed.Errorf(shed.CodeInternal, "create %s: %s; there is a shed of that name, which is %s", t.name, why, sh.Status).
+				WithHint("shed delete %s removes it", t.name)
 		}
 		select {
 		case <-time.After(undoPoll):

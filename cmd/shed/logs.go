@@ -22,11 +22,11 @@ func newLogs(c *cli) *cobra.Command {
 				return err
 			}
 		}
-		client, name, err := c.resolve(args[0])
+		t, err := c.resolve(ctx, args[0])
 		if err != nil {
 			return err
 		}
-		logs, err := client.Logs(ctx, name, follow)
+		logs, err := t.client.Logs(ctx, t.name, follow)
 		if err != nil {
 			return err
 		}
@@ -39,7 +39,7 @@ func newLogs(c *cli) *cobra.Command {
 			return c.printJSON(struct {
 				Name string `json:"name"`
 				Logs string `json:"logs"`
-			}{name, string(text)})
+			}{t.name, string(text)})
 		}
 		_, err = io.CopyBuffer(c.out, logs, make([]byte, copyBuffer))
 		if follow && errors.Is(err, context.Canceled) {

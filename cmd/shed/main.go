@@ -72,7 +72,7 @@ func exitCode(err error) int {
 		return exitOK
 	case shed.CodeInvalid:
 		return exitUsage
-	case shed.CodeNotFound, shed.CodeNoImage:
+	case shed.CodeNotFound, shed.CodeNoImage, shed.CodeNoSession:
 		return exitNotFound
 	case shed.CodeExists, shed.CodeConflict:
 		return exitConflict

@@ -35,13 +35,13 @@ func serve(t *testing.T, fake *apitest.Fake) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	info := func() shed.Info {
-		return shed.Info{Name: "test", Version: "v7", Backend: "qemu", Backends: []string{"qemu"}, Accel: "tcg"}
-	}
+	info := shed.Info{Name: "test", Version: "v7", Backend: "qemu", Backends: []string{"qemu"}, Accel: "tcg"}
 	log := slog.New(slog.DiscardHandler)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- api.Serve(ctx, ln, api.NewServer(fake, fake, info, log), log) }()
+	go func() {
+		done <- api.Serve(ctx, ln, api.NewServer(api.Config{Sheds: fake, Images: fake, Info: info, Log: log}), log)
+	}()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {

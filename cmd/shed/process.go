@@ -25,7 +25,7 @@ var signals = map[os.Signal]string{
 // runCommand runs cmd in the shed that ref names, between this program's
 // streams, and returns how it ended as an exitStatus.
 func (c *cli) runCommand(ctx context.Context, ref string, cmd shed.Command, tty, interactive bool) error {
-	client, name, err := c.resolve(ref)
+	t, err := c.resolve(ctx, ref)
 	if err != nil {
 		return err
 	}
@@ -44,7 +44,7 @@ func (c *cli) runCommand(ctx context.Context, ref string, cmd shed.Command, tty,
 	signal.Ignore(syscall.SIGPIPE)
 	defer signal.Reset(syscall.SIGPIPE)
 
-	conn, err := client.Exec(ctx, name, cmd)
+	conn, err := t.client.Exec(ctx, t.name, cmd)
 	if err != nil {
 		return err
 	}

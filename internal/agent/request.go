@@ -17,7 +17,8 @@ import (
 //
 // Exec is followed by the frames of the exec protocol. The others are answered with a
 // Reply; after a good one, Dial's stream carries the connection's bytes, and Listen's
-// a Listening and then an Accepted for each connection, until the host ends it.
+// a Listening and then an Accepted for each connection, until the host ends it. After that to
+// Sessions comes one []shed.Session, without the name of the shed.
 type Request struct {
 	Setup    *Setup         `json:"setup,omitempty"`
 	Exec     *shed.Command  `json:"exec,omitempty"`
@@ -25,6 +26,9 @@ type Request struct {
 	Listen   *shed.Endpoint `json:"listen,omitempty"`
 	Clock    *Clock         `json:"clock,omitempty"`
 	PowerOff *PowerOff      `json:"power_off,omitempty"`
+
+	Sessions    *Sessions    `json:"sessions,omitempty"`
+	KillSession *KillSession `json:"kill_session,omitempty"`
 }
 
 // DefaultUser is who commands run as where nobody says otherwise. Every shed has the user.
@@ -66,6 +70,14 @@ type Clock struct {
 
 // PowerOff asks for a clean end: sessions are ended, file systems unmounted.
 type PowerOff struct{}
+
+// Sessions asks for the default user's sessions.
+type Sessions struct{}
+
+// KillSession asks for the end of one of them and of what runs in it.
+type KillSession struct {
+	Name string `json:"name"`
+}
 
 // Reply answers a request.
 type Reply struct {

@@ -49,6 +49,7 @@ var statuses = []struct {
 	{shed.CodeInvalid, http.StatusBadRequest},
 	{shed.CodeNotFound, http.StatusNotFound},
 	{shed.CodeNoImage, http.StatusNotFound},
+	{shed.CodeNoSession, http.StatusNotFound},
 	{shed.CodeConflict, http.StatusConflict},
 	{shed.CodeExists, http.StatusConflict},
 	{shed.CodeCommand, http.StatusUnprocessableEntity},

@@ -19,6 +19,8 @@ import (
 	"github.com/charliek/shed/internal/api/apitest"
 )
 
+var testHostKey = shed.HostKey{Key: "ssh-ed25519 AAAA", Fingerprint: "SHA256:abc"}
+
 func testInfo() shed.Info {
 	return shed.Info{Name: "test", Version: "v1", Backend: "qemu", Backends: []string{"qemu"}, Accel: "tcg", StateDir: "/state"}
 }
@@ -40,7 +42,9 @@ func serve(t *testing.T, ln net.Listener, fake *apitest.Fake, log *slog.Logger) 
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- Serve(ctx, ln, NewServer(fake, fake, testInfo, log), log) }()
+	go func() {
+		done <- Serve(ctx, ln, NewServer(Config{Sheds: fake, Images: fake, Info: testInfo(), HostKey: testHostKey, Log: log}), log)
+	}()
 	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -65,7 +69,7 @@ func TestErrorsSurvive(t *testing.T) {
 	fake := &apitest.Fake{}
 	c := newTestClient(t, fake)
 	codes := []shed.Code{
-		shed.CodeInvalid, shed.CodeNotFound, shed.CodeNoImage, shed.CodeExists, shed.CodeConflict, shed.CodeNoSpace,
+		shed.CodeInvalid, shed.CodeNotFound, shed.CodeNoImage, shed.CodeNoSession, shed.CodeExists, shed.CodeConflict, shed.CodeNoSpace,
 		shed.CodeBoot, shed.CodeUnreachable, shed.CodeRegistry, shed.CodeCommand, shed.CodeConnect, shed.CodeUnsupported, shed.CodeInternal,
 	}
 	if len(codes) != len(statuses) {

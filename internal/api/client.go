@@ -245,6 +245,13 @@ func (c *Client) Info(ctx context.Context) (shed.Info, error) {
 	return info, err
 }
 
+// HostKey returns the key of the SSH server.
+func (c *Client) HostKey(ctx context.Context) (shed.HostKey, error) {
+	var key shed.HostKey
+	err := c.call(ctx, http.MethodGet, "/api/ssh-host-key", nil, &key, nil)
+	return key, err
+}
+
 func (c *Client) Create(ctx context.Context, opts shed.CreateOptions, p shed.Progress) (*shed.Shed, error) {
 	return result[shed.Shed](ctx, c, http.MethodPost, "/api/sheds", opts, p)
 }

@@ -59,7 +59,7 @@ func TestDocumentHasEveryRoute(t *testing.T) {
 func TestDocumentHasEveryField(t *testing.T) {
 	doc := loadDocument(t)
 	for name, v := range map[string]any{
-		"Info": shed.Info{}, "Shed": shed.Shed{}, "CreateOptions": shed.CreateOptions{}, "Command": shed.Command{}, "TTY": shed.TTY{}, "Endpoint": shed.Endpoint{},
+		"Info": shed.Info{}, "HostKey": shed.HostKey{}, "Session": shed.Session{}, "SessionList": shed.SessionList{}, "Unanswered": shed.Unanswered{}, "Attach": shed.Attach{}, "Shed": shed.Shed{}, "CreateOptions": shed.CreateOptions{}, "Command": shed.Command{}, "TTY": shed.TTY{}, "Endpoint": shed.Endpoint{},
 		"Image": shed.Image{}, "ImageDetail": shed.ImageDetail{}, "ImageConfig": shed.ImageConfig{}, "ImageHistory": shed.ImageHistory{},
 		"Layer": shed.Layer{}, "Removed": shed.Removed{}, "RemovedItem": shed.RemovedItem{}, "Pushed": shed.Pushed{},
 		"BuildOptions": shed.BuildOptions{}, "PullOptions": shed.PullOptions{}, "PushOptions": shed.PushOptions{},
@@ -127,6 +127,8 @@ func TestAnswersAreAsDocumented(t *testing.T) {
 		Run: func(shed.Command, *agent.FrameReader, *agent.FrameWriter) shed.ExitStatus { return shed.ExitStatus{} },
 	}
 	fake.AddImage(shed.Image{Digest: apitest.Digest("d"), Source: shed.SourceDangling, InUse: []string{"old"}})
+	fake.AddSession(shed.Session{Shed: "old", Name: "main", Keeper: shed.KeptByTmux, Command: "bash", LastLine: "$", CreatedAt: apitest.Created, ActiveAt: apitest.Created})
+	fake.Unanswered = []shed.Unanswered{{Shed: "frozen", Reason: "no answer"}}
 	fake.Add(shed.Shed{Name: "old", Status: shed.StatusStopped, Reason: "why", StartedAt: apitest.Created})
 	ln, dial := listenUnix(t)
 	serve(t, ln, fake, slog.New(slog.DiscardHandler))
@@ -258,6 +260,13 @@ func TestAnswersAreAsDocumented(t *testing.T) {
 	do("POST", "/api/sheds/old/dial", `{"network":"tcp","address":"localhost:80"}`, "")
 	do("POST", "/api/sheds/old/dial", `{"network":"accepted","address":"none"}`, "")
 	do("POST", "/api/sheds/old/listen", `{"network":"tcp","address":"localhost:0"}`, "")
+	do("POST", "/api/sheds/old/exec", `{"attach":{"session":"x","mode":"new"},"tty":{"term":"xterm","rows":24,"cols":80}}`, "")
+	do("GET", "/api/sheds/old/sessions", "", "")
+	do("GET", "/api/sheds/none/sessions", "", "")
+	do("GET", "/api/sessions", "", "")
+	do("DELETE", "/api/sheds/old/sessions/main", "", "")
+	do("DELETE", "/api/sheds/old/sessions/main", "", "") // gone
+	do("GET", "/api/ssh-host-key", "", "")
 	do("GET", "/api/images", "", "")
 	for _, route := range documented(doc) {
 		if !seen[route] {

@@ -29,11 +29,17 @@ const (
 )
 
 type server struct {
-	sheds  shed.Sheds
-	images shed.Images
-	info   func() shed.Info
-	log    *slog.Logger
-	mux    *http.ServeMux
+	Config
+	mux *http.ServeMux
+}
+
+// Config is what a server serves.
+type Config struct {
+	Sheds   shed.Sheds
+	Images  shed.Images
+	Info    shed.Info
+	HostKey shed.HostKey // of the SSH server
+	Log     *slog.Logger
 }
 
 // NewServer returns the handler of everything under /api.
@@ -41,8 +47,8 @@ type server struct {
 // It refuses what comes from a web page: requests with an Origin, and on TCP
 // those whose Host is neither loopback nor the address they came in on. An
 // exec and a followed log end when the request's context does: Serve sees to it.
-func NewServer(sheds shed.Sheds, images shed.Images, info func() shed.Info, log *slog.Logger) http.Handler {
-	s := &server{sheds: sheds, images: images, info: info, log: log, mux: http.NewServeMux()}
+func NewServer(c Config) http.Handler {
+	s := &server{Config: c, mux: http.NewServeMux()}
 	for pattern, h := range s.routes() {
 		s.mux.HandleFunc(pattern, h)
 	}
@@ -113,30 +119,34 @@ func (g *handlerGroup) wait() {
 
 func (s *server) routes() map[string]http.HandlerFunc {
 	return map[string]http.HandlerFunc{
-		"GET /api/info":                    s.getInfo,
-		"GET /api/openapi.json":            s.getOpenAPI,
-		"GET /api/sheds":                   s.listSheds,
-		"POST /api/sheds":                  s.createShed,
-		"GET /api/sheds/{name}":            s.getShed,
-		"DELETE /api/sheds/{name}":         s.deleteShed,
-		"POST /api/sheds/{name}/start":     s.startShed,
-		"POST /api/sheds/{name}/stop":      s.stopShed,
-		"POST /api/sheds/{name}/reset":     s.resetShed,
-		"GET /api/sheds/{name}/logs":       s.logs,
-		"POST /api/sheds/{name}/exec":      s.exec,
-		"POST /api/sheds/{name}/dial":      s.dial,
-		"POST /api/sheds/{name}/listen":    s.listen,
-		"GET /api/images":                  s.listImages,
-		"GET /api/images/inspect/{ref...}": s.inspectImage,
-		"GET /api/images/save":             s.saveImages,
-		"POST /api/images/build":           s.buildImage,
-		"POST /api/images/build/preset":    s.buildPreset,
-		"POST /api/images/load":            s.loadImages,
-		"POST /api/images/prune":           s.pruneImages,
-		"POST /api/images/pull":            s.pullImage,
-		"POST /api/images/push":            s.pushImage,
-		"POST /api/images/tag":             s.tagImage,
-		"DELETE /api/images/{ref...}":      s.removeImage,
+		"GET /api/info":                               s.getInfo,
+		"GET /api/openapi.json":                       s.getOpenAPI,
+		"GET /api/ssh-host-key":                       s.getHostKey,
+		"GET /api/sessions":                           s.allSessions,
+		"GET /api/sheds":                              s.listSheds,
+		"POST /api/sheds":                             s.createShed,
+		"GET /api/sheds/{name}":                       s.getShed,
+		"DELETE /api/sheds/{name}":                    s.deleteShed,
+		"POST /api/sheds/{name}/start":                s.startShed,
+		"POST /api/sheds/{name}/stop":                 s.stopShed,
+		"POST /api/sheds/{name}/reset":                s.resetShed,
+		"GET /api/sheds/{name}/logs":                  s.logs,
+		"POST /api/sheds/{name}/exec":                 s.exec,
+		"POST /api/sheds/{name}/dial":                 s.dial,
+		"POST /api/sheds/{name}/listen":               s.listen,
+		"GET /api/sheds/{name}/sessions":              s.sessions,
+		"DELETE /api/sheds/{name}/sessions/{session}": s.killSession,
+		"GET /api/images":                             s.listImages,
+		"GET /api/images/inspect/{ref...}":            s.inspectImage,
+		"GET /api/images/save":                        s.saveImages,
+		"POST /api/images/build":                      s.buildImage,
+		"POST /api/images/build/preset":               s.buildPreset,
+		"POST /api/images/load":                       s.loadImages,
+		"POST /api/images/prune":                      s.pruneImages,
+		"POST /api/images/pull":                       s.pullImage,
+		"POST /api/images/push":                       s.pushImage,
+		"POST /api/images/tag":                        s.tagImage,
+		"DELETE /api/images/{ref...}":                 s.removeImage,
 	}
 }
 
@@ -150,7 +160,7 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		if v == http.ErrAbortHandler {
 			panic(v)
 		}
-		s.log.Error("panic in a request", "method", r.Method, "path", r.URL.Path, "panic", v, "stack", string(debug.Stack()))
+		s.Log.Error("panic in a request", "method", r.Method, "path", r.URL.Path, "panic", v, "stack", string(debug.Stack()))
 		if w.wrote {
 			panic(http.ErrAbortHandler) // so that the client sees a broken answer
 		}
@@ -255,7 +265,7 @@ func (s *server) logFailure(r *http.Request, err error) {
 	if shed.ErrorCode(err) == shed.CodeInternal && r.Context().Err() == nil {
 		level = slog.LevelError
 	}
-	s.log.Log(r.Context(), level, "request failed", "method", r.Method, "path", r.URL.Path, "error", err)
+	s.Log.Log(r.Context(), level, "request failed", "method", r.Method, "path", r.URL.Path, "error", err)
 }
 
 // writeJSON ignores errors: they mean that the client is gone.
@@ -355,9 +365,13 @@ func decodeStrict(what string, body io.Reader, v any) error {
 }
 
 func (s *server) getInfo(w http.ResponseWriter, r *http.Request) {
-	info := s.info()
+	info := s.Info
 	info.Backends = append([]string{}, info.Backends...)
 	writeJSON(w, http.StatusOK, info)
+}
+
+func (s *server) getHostKey(w http.ResponseWriter, r *http.Request) {
+	writeJSON(w, http.StatusOK, s.HostKey)
 }
 
 func (s *server) getOpenAPI(w http.ResponseWriter, r *http.Request) {
@@ -366,7 +380,7 @@ func (s *server) getOpenAPI(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) listSheds(w http.ResponseWriter, r *http.Request) {
-	sheds, err := s.sheds.List(r.Context())
+	sheds, err := s.Sheds.List(r.Context())
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -375,7 +389,7 @@ func (s *server) listSheds(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) getShed(w http.ResponseWriter, r *http.Request) {
-	sh, err := s.sheds.Get(r.Context(), r.PathValue("name"))
+	sh, err := s.Sheds.Get(r.Context(), r.PathValue("name"))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -385,31 +399,31 @@ func (s *server) getShed(w http.ResponseWriter, r *http.Request) {
 
 func (s *server) createShed(w http.ResponseWriter, r *http.Request) {
 	withBody(s, w, r, http.StatusCreated, func(ctx context.Context, opts shed.CreateOptions, p shed.Progress) (any, error) {
-		return s.sheds.Create(ctx, opts, p)
+		return s.Sheds.Create(ctx, opts, p)
 	})
 }
 
 func (s *server) startShed(w http.ResponseWriter, r *http.Request) {
 	s.bodiless(w, r, http.StatusOK, func(ctx context.Context, p shed.Progress) (any, error) {
-		return s.sheds.Start(ctx, r.PathValue("name"), p)
+		return s.Sheds.Start(ctx, r.PathValue("name"), p)
 	})
 }
 
 func (s *server) stopShed(w http.ResponseWriter, r *http.Request) {
 	s.bodiless(w, r, http.StatusOK, func(ctx context.Context, p shed.Progress) (any, error) {
-		return s.sheds.Stop(ctx, r.PathValue("name"), p)
+		return s.Sheds.Stop(ctx, r.PathValue("name"), p)
 	})
 }
 
 func (s *server) resetShed(w http.ResponseWriter, r *http.Request) {
 	s.bodiless(w, r, http.StatusOK, func(ctx context.Context, _ shed.Progress) (any, error) {
-		return s.sheds.Reset(ctx, r.PathValue("name"))
+		return s.Sheds.Reset(ctx, r.PathValue("name"))
 	})
 }
 
 func (s *server) deleteShed(w http.ResponseWriter, r *http.Request) {
 	s.bodiless(w, r, http.StatusOK, func(ctx context.Context, p shed.Progress) (any, error) {
-		return struct{}{}, s.sheds.Delete(ctx, r.PathValue("name"), p)
+		return struct{}{}, s.Sheds.Delete(ctx, r.PathValue("name"), p)
 	})
 }
 
@@ -451,7 +465,7 @@ func (s *server) logs(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, err)
 		return
 	}
-	logs, err := s.sheds.Logs(r.Context(), r.PathValue("name"), follow)
+	logs, err := s.Sheds.Logs(r.Context(), r.PathValue("name"), follow)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -475,7 +489,7 @@ func (s *server) logs(w http.ResponseWriter, r *http.Request) {
 		}
 		if err != nil {
 			if r.Context().Err() == nil {
-				s.log.Error("logs broke off", "shed", r.PathValue("name"), "error", err)
+				s.Log.Error("logs broke off", "shed", r.PathValue("name"), "error", err)
 			}
 			panic(http.ErrAbortHandler) // the client must not take it for the end
 		}

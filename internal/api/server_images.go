@@ -70,7 +70,7 @@ func removedResult(removed *shed.Removed, err error) (any, error) {
 }
 
 func (s *server) listImages(w http.ResponseWriter, r *http.Request) {
-	images, err := s.images.Images(r.Context())
+	images, err := s.Images.Images(r.Context())
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -79,7 +79,7 @@ func (s *server) listImages(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) inspectImage(w http.ResponseWriter, r *http.Request) {
-	detail, err := s.images.InspectImage(r.Context(), r.PathValue("ref"))
+	detail, err := s.Images.InspectImage(r.Context(), r.PathValue("ref"))
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -92,7 +92,7 @@ func (s *server) inspectImage(w http.ResponseWriter, r *http.Request) {
 
 func (s *server) buildPreset(w http.ResponseWriter, r *http.Request) {
 	withBody(s, w, r, http.StatusOK, func(ctx context.Context, req presetRequest, p shed.Progress) (any, error) {
-		return imageResult(s.images.BuildPreset(ctx, req.Preset, p))
+		return imageResult(s.Images.BuildPreset(ctx, req.Preset, p))
 	})
 }
 
@@ -103,25 +103,25 @@ func (s *server) buildImage(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.upload(w, r, func(ctx context.Context, buildContext io.Reader, p shed.Progress) (any, error) {
-		return imageResult(s.images.Build(ctx, opts, buildContext, p))
+		return imageResult(s.Images.Build(ctx, opts, buildContext, p))
 	})
 }
 
 func (s *server) pullImage(w http.ResponseWriter, r *http.Request) {
 	withBody(s, w, r, http.StatusOK, func(ctx context.Context, opts shed.PullOptions, p shed.Progress) (any, error) {
-		return imageResult(s.images.Pull(ctx, opts, p))
+		return imageResult(s.Images.Pull(ctx, opts, p))
 	})
 }
 
 func (s *server) pushImage(w http.ResponseWriter, r *http.Request) {
 	withBody(s, w, r, http.StatusOK, func(ctx context.Context, opts shed.PushOptions, p shed.Progress) (any, error) {
-		return s.images.Push(ctx, opts, p)
+		return s.Images.Push(ctx, opts, p)
 	})
 }
 
 func (s *server) tagImage(w http.ResponseWriter, r *http.Request) {
 	withBody(s, w, r, http.StatusOK, func(ctx context.Context, req tagRequest, _ shed.Progress) (any, error) {
-		return imageResult(s.images.Tag(ctx, req.Image, req.Tag))
+		return imageResult(s.Images.Tag(ctx, req.Image, req.Tag))
 	})
 }
 
@@ -132,19 +132,19 @@ func (s *server) removeImage(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.bodiless(w, r, http.StatusOK, func(ctx context.Context, _ shed.Progress) (any, error) {
-		return removedResult(s.images.RemoveImage(ctx, r.PathValue("ref"), force))
+		return removedResult(s.Images.RemoveImage(ctx, r.PathValue("ref"), force))
 	})
 }
 
 func (s *server) pruneImages(w http.ResponseWriter, r *http.Request) {
 	withBody(s, w, r, http.StatusOK, func(ctx context.Context, req pruneRequest, _ shed.Progress) (any, error) {
-		return removedResult(s.images.PruneImages(ctx, req.DryRun))
+		return removedResult(s.Images.PruneImages(ctx, req.DryRun))
 	})
 }
 
 func (s *server) loadImages(w http.ResponseWriter, r *http.Request) {
 	s.upload(w, r, func(ctx context.Context, archive io.Reader, p shed.Progress) (any, error) {
-		images, err := s.images.Load(ctx, archive, p)
+		images, err := s.Images.Load(ctx, archive, p)
 		if err != nil {
 			return nil, err
 		}
@@ -162,7 +162,7 @@ func (s *server) saveImages(w http.ResponseWriter, r *http.Request) {
 	takesTrailers := strings.Contains(strings.ToLower(r.Header.Get("TE")), "trailers")
 	w.Header().Set("Content-Type", tarType)
 	out := &download{w: w, ctl: http.NewResponseController(w)}
-	err := s.images.Save(r.Context(), names, out)
+	err := s.Images.Save(r.Context(), names, out)
 	out.ctl.SetWriteDeadline(time.Time{})
 	if err == nil {
 		return

@@ -21,21 +21,21 @@ const (
 func (s *server) exec(w http.ResponseWriter, r *http.Request) {
 	var cmd shed.Command
 	s.upgrade(w, r, execProtocol, &cmd, splice, func() (net.Conn, error) {
-		return s.sheds.Exec(r.Context(), r.PathValue("name"), cmd)
+		return s.Sheds.Exec(r.Context(), r.PathValue("name"), cmd)
 	})
 }
 
 func (s *server) dial(w http.ResponseWriter, r *http.Request) {
 	var to shed.Endpoint
 	s.upgrade(w, r, dialProtocol, &to, join, func() (net.Conn, error) {
-		return s.sheds.Dial(r.Context(), r.PathValue("name"), to)
+		return s.Sheds.Dial(r.Context(), r.PathValue("name"), to)
 	})
 }
 
 func (s *server) listen(w http.ResponseWriter, r *http.Request) {
 	var on shed.Endpoint
 	s.upgrade(w, r, listenProtocol, &on, splice, func() (net.Conn, error) {
-		return s.sheds.Listen(r.Context(), r.PathValue("name"), on)
+		return s.Sheds.Listen(r.Context(), r.PathValue("name"), on)
 	})
 }
 

@@ -28,6 +28,11 @@ func (e *Engine) Exec(ctx context.Context, name string, cmd shed.Command) (net.C
 	if err := cmd.Validate(); err != nil {
 		return nil, err
 	}
+	if cmd.Attach != nil {
+		if err := e.checkAttach(ctx, name, *cmd.Attach); err != nil {
+			return nil, err
+		}
+	}
 	rec, conn, err := e.open(ctx, name)
 	if err != nil {
 		return nil, err

@@ -24,13 +24,19 @@ func (e *Engine) request(ctx context.Context, name string, at shed.Endpoint, req
 	if err := at.Validate(); err != nil {
 		return nil, err
 	}
+	return e.call(ctx, name, req, shed.CodeConnect)
+}
+
+// call makes a request of the agent of a running shed, and returns the stream once it is granted. What the
+// agent refuses has the code refused.
+func (e *Engine) call(ctx context.Context, name string, req agent.Request, refused shed.Code) (net.Conn, error) {
 	_, conn, err := e.open(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	if err := agent.Call(ctx, conn, req); err != nil {
 		if ctx.Err() == nil {
-			err = shed.Errorf(shed.CodeConnect, "in shed %q: %w", name, err)
+			err = shed.Errorf(refused, "in shed %q: %w", name, err)
 		}
 		return nil, err
 	}

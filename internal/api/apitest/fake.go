@@ -38,9 +38,13 @@ type Fake struct {
 	// Take reads what Load and Build get, instead of reading it to its end.
 	Take func(ctx context.Context, r io.Reader, p shed.Progress) error
 
+	// Unanswered is what AllSessions returns besides the sessions.
+	Unanswered []shed.Unanswered
+
 	mu       sync.Mutex
 	sheds    []*shed.Shed
 	images   []*shed.Image
+	sessions []shed.Session
 	built    shed.BuildOptions
 	commands sync.WaitGroup
 	accepted agent.Acceptances

@@ -1,0 +1,122 @@
+//go:build linux
+
+package engine
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/agent"
+)
+
+// sessionsTimeout is how long all sheds together are waited for: one may be frozen.
+const sessionsTimeout = 5 * time.Second
+
+func (e *Engine) Sessions(ctx context.Context, name string) ([]shed.Session, error) {
+	sh, err := e.Get(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if sh.Status != shed.StatusRunning {
+		return nil, nil
+	}
+	conn, err := e.call(ctx, name, agent.Request{Sessions: &agent.Sessions{}}, shed.CodeInternal)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	var sessions []shed.Session
+	if err := agent.ReadMessage(conn, &sessions); err != nil {
+		return nil, shed.Errorf(shed.CodeInternal, "the sessions of shed %q: %w", name, err)
+	}
+	for i := range sessions {
+		sessions[i].Shed = name
+	}
+	slices.SortFunc(sessions, func(a, b shed.Session) int { return cmp.Compare(a.Name, b.Name) })
+	return sessions, nil
+}
+
+func (e *Engine) AllSessions(ctx context.Context) (shed.SessionList, error) {
+	var all shed.SessionList
+	sheds, err := e.List(ctx)
+	if err != nil {
+		return all, err
+	}
+	limited, cancel := context.WithTimeout(ctx, sessionsTimeout)
+	defer cancel()
+	answers := make([][]shed.Session, len(sheds))
+	errs := make([]error, len(sheds))
+	var asked sync.WaitGroup
+	for i, sh := range sheds {
+		asked.Go(func() { answers[i], errs[i] = e.Sessions(limited, sh.Name) })
+	}
+	asked.Wait()
+	for i, sh := range sheds {
+		all.Sessions = append(all.Sessions, answers[i]...)
+		if errs[i] != nil && shed.ErrorCode(errs[i]) != shed.CodeNotFound { // deleted meanwhile
+			reason := errs[i].Error()
+			if limited.Err() != nil {
+				reason = "no answer within " + sessionsTimeout.String()
+			}
+			all.Unanswered = append(all.Unanswered, shed.Unanswered{Shed: sh.Name, Reason: reason})
+		}
+	}
+	return all, ctx.Err()
+}
+
+func (e *Engine) KillSession(ctx context.Context, name, session string) error {
+	if err := e.hasSession(ctx, name, session); err != nil {
+		return err
+	}
+	conn, err := e.call(ctx, name, agent.Request{KillSession: &agent.KillSession{Name: session}}, shed.CodeInternal)
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}
+
+// hasSession returns an error unless a shed has the session.
+func (e *Engine) hasSession(ctx context.Context, name, session string) error {
+	if err := shed.ValidateSession(session); err != nil {
+		return err
+	}
+	sessions, err := e.Sessions(ctx, name)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(sessions, func(s shed.Session) bool { return s.Name == session }) {
+		return shed.Errorf(shed.CodeNoSession, "shed %q has no session %q", name, session).
+			WithHint("`shed sessions %s` lists those that there are", name)
+	}
+	return nil
+}
+
+// checkAttach returns the error that a's mode has for the session as it is.
+func (e *Engine) checkAttach(ctx context.Context, name string, a shed.Attach) error {
+	switch a.Mode {
+	case shed.AttachJoin:
+		sh, err := e.Get(ctx, name)
+		if err != nil {
+			return err
+		}
+		if sh.Status != shed.StatusRunning {
+			return shed.Errorf(shed.CodeConflict, "shed %q is %s", name, sh.Status)
+		}
+		return e.hasSession(ctx, name, a.Session)
+	case shed.AttachNew:
+		err := e.hasSession(ctx, name, a.Session)
+		if err == nil {
+			return shed.Errorf(shed.CodeConflict, "shed %q has a session %q", name, a.Session).
+				WithHint("attach to it without --new, or name another one with --session")
+		}
+		if shed.ErrorCode(err) != shed.CodeNoSession {
+			return err
+		}
+	}
+	return nil
+}
