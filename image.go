@@ -25,6 +25,8 @@ type Image struct {
 	InUse     []string    `json:"in_use"`   // names of sheds
 	CreatedAt time.Time   `json:"created_at"`
 	Layers    []Layer     `json:"layers"` // bottom first
+	// Problem says what is damaged or missing of an image. One that can't be read has no platform and no layers.
+	Problem string `json:"problem,omitempty"`
 }
 
 // Layer is one read-only layer of an image.

@@ -54,6 +54,11 @@ func newImageList(c *cli) *cobra.Command {
 			if len(images) == 0 {
 				c.message("There are no images. Build one with: shed image build base")
 			}
+			for _, img := range images {
+				if img.Problem != "" {
+					c.message("image %s: %s", imageName(img), img.Problem)
+				}
+			}
 			return nil
 		}),
 	}

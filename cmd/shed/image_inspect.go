@@ -82,6 +82,7 @@ func (c *cli) printDetail(d *shed.ImageDetail) error {
 	field("Ref:", d.Ref)
 	field("Digest:", d.Digest)
 	field("Media type:", d.MediaType)
+	field("Problem:", d.Problem)
 	field("Source:", string(d.Source))
 	field("Platform:", d.Platform)
 	field("Size:", byteSize(d.Size))

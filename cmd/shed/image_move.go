@@ -135,7 +135,20 @@ func (c *cli) load(ctx context.Context, client *api.Client, file string) ([]*she
 	}
 	report, end := c.progress(what)
 	defer end()
+	if _, tty := terminal(c.err); !tty && c.verbose == 0 {
+		report = withoutItems(report)
+	}
 	return client.Load(ctx, archive, report)
+}
+
+// withoutItems returns report without what is about a part of a phase: an archive has any number of layers, and a log
+// has no use for each.
+func withoutItems(report shed.Progress) shed.Progress {
+	return func(e shed.Event) {
+		if e.Item == "" {
+			report(e)
+		}
+	}
 }
 
 func newImageSave(c *cli) *cobra.Command {

@@ -35,6 +35,10 @@ func TestImageList(t *testing.T) {
 	if code, stdout, _ := shedCLI("image", "ls", "--json"); code != 0 || json.Unmarshal([]byte(stdout), &images) != nil || len(images) != 2 {
 		t.Errorf("image ls --json: %d %s", code, stdout)
 	}
+	fake.AddImage(shed.Image{Ref: "odd", Digest: apitest.Digest("e"), Problem: "/a/blob is damaged"})
+	if code, _, stderr := shedCLI("image", "ls"); code != 0 || stderr != "image odd: /a/blob is damaged\n" {
+		t.Errorf("with a damaged image image ls gives %d %q", code, stderr)
+	}
 	if _, stdout, _ := shedCLI("__complete", "image", "rm", ""); !strings.HasPrefix(stdout, "base\nsha256:ddd") {
 		t.Errorf("completion of names: %q", stdout)
 	}
@@ -193,6 +197,21 @@ func TestImageLoad(t *testing.T) {
 	}
 	expect(t, "image build --from-oci-archive "+path+" -t mine", 0, "mine\n", "built "+apitest.Digest("b3")+", 207 MiB\n")
 	expect(t, "image build --from-oci-archive "+path, 0, "loaded\n", "built "+apitest.Digest("b3")+", 207 MiB\n")
+	// In a pipe a layer has no line, unless somebody wants to know.
+	fake.Take = func(_ context.Context, r io.Reader, p shed.Progress) error {
+		done := p.Phase("convert", "converting layers")
+		for i := range 3 {
+			p.Report(shed.Event{Phase: "convert", Item: layer(i), Current: 1, Total: 1, Unit: "bytes", Done: true})
+		}
+		done()
+		return nil
+	}
+	for args, items := range map[string]int{"": 0, "-v": 3} {
+		_, _, stderr := shedCLI(strings.Fields("image load -i " + path + " " + args)...)
+		if strings.Count(stderr, ": sha256:") != items || !strings.Contains(stderr, ": converting layers ... ") {
+			t.Errorf("load %s says\n%s", args, stderr)
+		}
+	}
 }
 
 func TestImageInspect(t *testing.T) {

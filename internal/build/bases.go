@@ -77,11 +77,15 @@ type graph struct {
 	seen       map[int]bool
 }
 
-// parse reads a Dockerfile that gets these arguments. CodeInvalid says what is wrong with it, and where.
+// parse reads a Dockerfile that gets these arguments. CodeInvalid says what is wrong with it, and where, and CodeUnsupported
+// what is right and can't be built.
 func parse(dockerfile []byte, args map[string]string) (*graph, error) {
 	parsed, err := parser.Parse(bytes.NewReader(dockerfile))
 	if err != nil {
 		return nil, dockerfileError(err)
+	}
+	if err := refuseHeredocs(parsed.AST); err != nil {
+		return nil, err
 	}
 	stages, declared, err := instructions.Parse(parsed.AST, nil)
 	if err != nil {
@@ -92,6 +96,18 @@ func parse(dockerfile []byte, args map[string]string) (*graph, error) {
 	}
 	g := &graph{dockerfile: dockerfile, stages: stages, lex: shell.NewLex(parsed.EscapeToken), images: map[string]bool{}, seen: map[int]bool{}}
 	return g, g.setArgs(declared, args)
+}
+
+// refuseHeredocs says where a Dockerfile has a here-document: buildah takes the lines of one for instructions.
+func refuseHeredocs(dockerfile *parser.Node) error {
+	for _, node := range dockerfile.Children {
+		if len(node.Heredocs) == 0 {
+			continue
+		}
+		return shed.Errorf(shed.CodeUnsupported, "the Dockerfile has a here-document in line %d, %.200q, and builds here know none", node.StartLine, node.Original).
+			WithHint("put its lines in a file of the context instead: COPY it and, if they are commands, RUN sh on it; a few commands go on one line with &&")
+	}
+	return nil
 }
 
 // setArgs settles the arguments that FROM may use.

@@ -80,6 +80,25 @@ func TestBasesErrors(t *testing.T) {
 	}
 }
 
+func TestHeredocs(t *testing.T) {
+	for _, tt := range []struct{ dockerfile, says string }{
+		{"FROM a\nRUN <<EOF\necho hi\nFROM x\nEOF\nRUN true", `in line 2, "RUN <<EOF"`},
+		{"FROM a\nRUN echo \\\n  <<-'X' >y\n\thi\n\tX\n", "in line 2"},
+		{"FROM a\nRUN true\nCOPY <<EOF /x\nhi\nEOF", "in line 3"},
+		{"FROM a\nONBUILD RUN <<EOF\nhi\nEOF", "in line 2"},
+	} {
+		_, err := basesOf([]byte(tt.dockerfile), shed.BuildOptions{})
+		if shed.ErrorCode(err) != shed.CodeUnsupported || !strings.Contains(err.Error(), tt.says) || !strings.Contains(shed.ErrorHint(err), "RUN sh") {
+			t.Errorf("%q gives %v, hint %q; want %s with %q", tt.dockerfile, err, shed.ErrorHint(err), shed.CodeUnsupported, tt.says)
+		}
+	}
+	for _, dockerfile := range []string{"RUN cat <<<word", "RUN echo $((1<<3)) '<<EOF' \"<<EOF\"", `RUN ["echo", "<<EOF"]`, "ENV X=<<EOF", "# RUN <<EOF\nRUN true"} {
+		if _, err := basesOf([]byte("FROM a\n"+dockerfile), shed.BuildOptions{}); err != nil {
+			t.Errorf("%q, which has no here-document, gives %v", dockerfile, err)
+		}
+	}
+}
+
 func FuzzBases(f *testing.F) {
 	f.Add([]byte("ARG V=1\nFROM a:$V AS b\nRUN --mount=from=c true\nFROM b\nCOPY --from=b / /"), "b")
 	f.Fuzz(func(t *testing.T, dockerfile []byte, target string) {

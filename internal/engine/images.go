@@ -124,7 +124,12 @@ func (e *Engine) Pull(ctx context.Context, opts shed.PullOptions, p shed.Progres
 		return nil, err
 	}
 	if opts.Platform == "" {
-		// Layers that have to be merged are now, not when the first shed is made of them.
+		// Layers that have to be merged are now, not when the first shed is made of them. Meanwhile the tag may go.
+		_, release, err := e.Config.Images.Acquire(img.Digest)
+		if err != nil {
+			return nil, err
+		}
+		defer release()
 		most := e.Backends[e.DefaultBackend].maxLayers()
 		if _, _, err := e.Config.Images.RootfsWithin(ctx, img, most, p); err != nil {
 			return nil, err

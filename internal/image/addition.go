@@ -104,7 +104,7 @@ func (a *addition) layer(ctx context.Context, tar io.Reader) (*os.File, madeLaye
 	digest := sha256.New()
 	compressor, err := zstd.NewWriter(io.MultiWriter(blob, digest), zstd.WithEncoderLevel(zstd.SpeedDefault))
 	if err == nil {
-		diffID, _, err = s.layers.Convert(ctx, io.TeeReader(tar, compressor), v1.Hash{})
+		diffID, _, err = s.layers.ConvertNew(ctx, io.TeeReader(tar, compressor), func(id v1.Hash) { a.hold(id) })
 		err = errors.Join(err, compressor.Close())
 	}
 	size, serr := blob.Seek(0, io.SeekEnd)
@@ -116,7 +116,7 @@ func (a *addition) layer(ctx context.Context, tar io.Reader) (*os.File, madeLaye
 		Size:      size,
 		Digest:    v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(digest.Sum(nil))},
 	}}
-	a.hold(l.diffID, l.desc.Digest)
+	a.hold(l.desc.Digest)
 	return blob, l, nil
 }
 

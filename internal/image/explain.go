@@ -41,7 +41,11 @@ func (r *registry) explain(err error) error {
 		return shed.Errorf(shed.CodeRegistry, "%s: %w", host, verify).
 			WithHint("the registry's certificate is not one for %s, or not at this time: does the server's clock go right?", host)
 	case errors.As(err, &refusal):
-		return r.explainRefusal(refusal)
+		tries := ""
+		if gave := (*gaveUp)(nil); errors.As(err, &gave) {
+			tries = fmt.Sprintf(", in %d tries", gave.tries)
+		}
+		return r.explainRefusal(refusal, tries)
 	}
 	if uerr := (*url.Error)(nil); errors.As(err, &uerr) {
 		// Its URL may be one that gives access by itself, after a redirection.
@@ -63,7 +67,7 @@ func (r *registry) explain(err error) error {
 }
 
 // explainRefusal is explain for a registry's answer.
-func (r *registry) explainRefusal(refusal *transport.Error) error {
+func (r *registry) explainRefusal(refusal *transport.Error, tries string) error {
 	host := r.repo.RegistryStr()
 	said := fmt.Sprintf("%d %s", refusal.StatusCode, http.StatusText(refusal.StatusCode))
 	path := ""
@@ -75,7 +79,7 @@ func (r *registry) explainRefusal(refusal *transport.Error) error {
 		const most = 300 // bytes that a registry has to explain itself
 		said += fmt.Sprintf(", %s: %.*s", d.Code, most, d.Message)
 	}
-	e := shed.Errorf(shed.CodeRegistry, "%s says %s", host, said)
+	e := shed.Errorf(shed.CodeRegistry, "%s says %s%s", host, said, tries)
 	e.Err = refusal
 	switch status := refusal.StatusCode; {
 	case status == http.StatusUnauthorized || status == http.StatusForbidden:

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/charliek/shed/internal/rootfs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
@@ -123,6 +125,45 @@ func TestPruneConcurrently(t *testing.T) {
 	}
 	if len(s.held) != 0 {
 		t.Errorf("held are %v", s.held)
+	}
+}
+
+// A layer that is made while images are pruned keeps its block image, though no image has it yet.
+func TestPruneWhileAdding(t *testing.T) {
+	s := open(t, t.TempDir())
+	ctx, cancel := context.WithCancel(t.Context())
+	var pruner sync.WaitGroup
+	pruner.Go(func() {
+		for ctx.Err() == nil {
+			if _, err := s.Prune(t.Context(), unused, false); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	added, err := s.newAddition()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 50 {
+		blob, l, err := added.layer(t.Context(), bytes.NewReader(tarOf(t, fmt.Sprint("f", i), "x")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := rootfs.Commit(blob, s.blob(l.desc.Digest), 0o644); err != nil {
+			t.Error(err)
+		}
+		if _, ok := s.layers.Path(l.diffID); !ok {
+			t.Errorf("layer %d has lost its block image", i)
+		}
+	}
+	cancel()
+	pruner.Wait()
+	if err := added.end(nil); err != nil {
+		t.Error(err)
+	}
+	if r, err := s.Prune(t.Context(), unused, false); err != nil || len(r.Items) != 100 {
+		t.Errorf("at the end a prune removes %d things, %v; want 50 blobs and as many block images", len(r.Items), err)
 	}
 }
 

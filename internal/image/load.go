@@ -58,6 +58,14 @@ type inImage struct {
 	tags    []string
 }
 
+// name returns a tag of the image, or "" where it has none.
+func (img inImage) name() string {
+	if len(img.tags) == 0 {
+		return ""
+	}
+	return img.tags[0]
+}
+
 // images reads what images there are.
 func (a *inArchive) images(ctx context.Context) ([]inImage, error) {
 	var found []inImage
@@ -333,7 +341,7 @@ func (s *Store) takeIn(ctx context.Context, images []inImage, p shed.Progress) (
 			return nil, err
 		}
 		if img.host {
-			if _, _, err := s.Rootfs(ctx, &shed.Image{Digest: img.desc.Digest.String()}, p); err != nil {
+			if _, _, err := s.Rootfs(ctx, &shed.Image{Digest: img.desc.Digest.String(), Ref: img.name()}, p); err != nil {
 				return nil, err
 			}
 		}

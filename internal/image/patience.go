@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
 // patience says how long a registry may take, and how often what failed is tried again.
@@ -25,6 +26,9 @@ type patience struct {
 var patient = patience{
 	stall: 30 * time.Second, answer: 5 * time.Minute, backoff: 500 * time.Millisecond, tries: 5, atMost: time.Minute,
 }
+
+// maxRefusal is how many bytes a registry has to say what is wrong.
+const maxRefusal = 64 << 10
 
 // before returns how long to wait before the try that follows n others.
 func (p patience) before(n int) time.Duration { return p.backoff << (n - 1) }
@@ -46,45 +50,102 @@ var errStalled = errors.New("the connection stalled")
 
 // broken says whether err is of a connection that broke, so that another one may do better.
 func broken(err error) bool {
-	return errors.Is(err, errStalled) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
-		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	return !errors.As(err, new(*gaveUp)) && (errors.Is(err, errStalled) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE))
+}
+
+// gaveUp is why a try that failed was the last.
+type gaveUp struct {
+	tries int
+	err   error // of the last
+}
+
+func (g *gaveUp) Error() string { return fmt.Sprintf("%v, in %d tries", g.err, g.tries) }
+func (g *gaveUp) Unwrap() error { return g.err }
+
+// attempts counts the tries at one thing that failed since there was progress: those of a request, of reading the answer, and
+// of the requests that are made instead. All who would try again count in the one that goes with the
+// context, so that their tries don't multiply. It is for one goroutine at a time.
+type attempts struct {
+	p      patience
+	failed int
+}
+
+type attemptsKey struct{}
+
+// with returns ctx for requests that count in a.
+func (a *attempts) with(ctx context.Context) context.Context {
+	return context.WithValue(ctx, attemptsKey{}, a)
+}
+
+// attemptsOf returns what a request with that context counts in.
+func (p patience) attemptsOf(ctx context.Context) *attempts {
+	if a, ok := ctx.Value(attemptsKey{}).(*attempts); ok {
+		return a
+	}
+	return &attempts{p: p}
+}
+
+// fail counts a try that failed with err. It returns nil if there may be another, and else what to give up with.
+func (a *attempts) fail(err error) error {
+	if a.failed++; a.failed < a.p.tries {
+		return nil
+	}
+	return &gaveUp{a.failed, err}
+}
+
+// again counts a try that failed with err, and waits until it is time for another. It returns err if that is of no use.
+func (a *attempts) again(ctx context.Context, err error) error {
+	if !broken(err) || ctx.Err() != nil {
+		return err
+	}
+	if err := a.fail(err); err != nil {
+		return err
+	}
+	return sleep(ctx, a.p.before(a.failed))
 }
 
 // patientTransport does each request with p's patience: it gives up connections that stall, and tries again
-// what a registry puts off and, where that does no harm, what failed.
+// what a registry puts off and, where that does no harm, what failed. An answer that says that it may be different another
+// time is an error too: a transport.Error.
 type patientTransport struct {
 	base http.RoundTripper
 	p    patience
 }
 
 func (t patientTransport) RoundTrip(req *http.Request) (*http.Response, error) {
-	for try := 1; ; try++ {
+	a := t.p.attemptsOf(req.Context())
+	for {
 		resp, err := t.once(req)
-		again := try < t.p.tries && (req.Body == nil || req.GetBody != nil)
-		wait := t.p.before(try)
+		harmless, wait := idempotent(req), time.Duration(-1)
 		switch {
 		case err != nil:
-			again = again && idempotent(req) && broken(err)
-		case resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable:
-			asked, ok := retryAfter(resp.Header.Get("Retry-After"))
-			if ok && asked > t.p.atMost {
-				resp.Body.Close()
-				return nil, shed.Errorf(shed.CodeRegistry, "%s says %s, and to come back in %s", req.URL.Host, resp.Status, asked.Round(time.Second)).
-					WithHint("try again then; registries often allow more to those who are logged in")
+			if !broken(err) || req.Context().Err() != nil {
+				return nil, err
 			}
-			if ok {
+		case resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable:
+			harmless = true
+			if asked, ok := retryAfter(resp.Header.Get("Retry-After")); ok {
 				wait = asked
 			}
+			err = refusal(resp)
 		case resp.StatusCode == http.StatusRequestTimeout || resp.StatusCode >= 500 && resp.StatusCode != http.StatusNotImplemented:
-			again = again && idempotent(req)
+			err = refusal(resp)
 		default:
-			again = false
+			return resp, nil
 		}
-		if !again {
-			return resp, err
+		if wait > t.p.atMost {
+			return nil, shed.Errorf(shed.CodeRegistry, "%s says %s, and to come back in %s", req.URL.Host, resp.Status, wait.Round(time.Second)).
+				WithHint("try again then; registries often allow more to those who are logged in")
 		}
-		if resp != nil {
-			resp.Body.Close()
+		if gave := a.fail(err); gave != nil {
+			return nil, gave
+		}
+		if !harmless || req.Body != nil && req.GetBody == nil {
+			return nil, err
+		}
+		if wait < 0 {
+			wait = t.p.before(a.failed)
 		}
 		if err := sleep(req.Context(), wait); err != nil {
 			return nil, err
@@ -98,6 +159,11 @@ func (t patientTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 			req.Body = body
 		}
 	}
+}
+
+// refusal returns what a registry's answer says is wrong, and lets go of it.
+func refusal(resp *http.Response) error {
+	return errors.Join(transport.CheckError(resp), resp.Body.Close())
 }
 
 func idempotent(req *http.Request) bool {
@@ -137,6 +203,12 @@ func (t patientTransport) once(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	resp.Body = &watchedDownload{ReadCloser: resp.Body, w: w, ctx: ctx, stall: t.p.stall}
+	if resp.StatusCode >= http.StatusBadRequest { // it is read into memory
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.LimitReader(resp.Body, maxRefusal), resp.Body}
+	}
 	return resp, nil
 }
 

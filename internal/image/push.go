@@ -109,7 +109,7 @@ func (m rawManifest) MediaType() (types.MediaType, error) { return m.mediaType, 
 // upload puts the blobs of an image, and then its manifest.
 func (s *Store) upload(ctx context.Context, r *registry, ref name.Tag, m *v1.Manifest, raw rawManifest, p shed.Progress) error {
 	pusher, err := remote.NewPusher(remote.WithTransport(r.http.Transport), remote.WithNondistributable,
-		remote.WithRetryBackoff(remote.Backoff{Duration: r.p.backoff, Factor: 2, Steps: r.p.tries}))
+		remote.WithRetryBackoff(remote.Backoff{Duration: r.p.backoff, Factor: 2, Steps: r.p.tries}), remote.WithRetryPredicate(mayResend))
 	if err != nil {
 		return err
 	}
@@ -122,7 +122,7 @@ func (s *Store) upload(ctx context.Context, r *registry, ref name.Tag, m *v1.Man
 	for _, desc := range blobs {
 		g.Go(func() error {
 			b := &storedBlob{store: s, desc: desc, uploads: uploads}
-			if err := pusher.Upload(gctx, ref.Repository, b); err != nil {
+			if err := pusher.Upload((&attempts{p: r.p}).with(gctx), ref.Repository, b); err != nil {
 				return fmt.Errorf("blob %s: %w", desc.Digest, r.explain(err))
 			}
 			message := ""
@@ -136,7 +136,19 @@ func (s *Store) upload(ctx context.Context, r *registry, ref name.Tag, m *v1.Man
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	return r.explain(pusher.Put(ctx, ref, raw))
+	return r.explain(pusher.Put((&attempts{p: r.p}).with(ctx), ref, raw))
+}
+
+// mayResend says whether an upload that failed with err may go better from its beginning.
+func mayResend(err error) bool {
+	refusal := (*transport.Error)(nil)
+	switch {
+	case errors.As(err, new(*gaveUp)), errors.Is(err, errStalled): // that took long enough
+		return false
+	case errors.As(err, &refusal):
+		return refusal.Temporary()
+	}
+	return broken(err)
 }
 
 // storedBlob is a blob of the store as a layer to upload.

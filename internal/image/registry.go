@@ -67,17 +67,14 @@ func (r *registry) get(ctx context.Context, kind, id string, header http.Header,
 
 // manifest returns the bytes of a manifest or an index, by tag or digest, and what the registry calls them.
 func (r *registry) manifest(ctx context.Context, id string) (raw []byte, contentType string, err error) {
-	for try := 1; ; try++ {
-		raw, contentType, err = r.tryManifest(ctx, id)
-		if err == nil || !broken(err) || try == r.p.tries {
+	tries := &attempts{p: r.p}
+	for ctx := tries.with(ctx); ; {
+		if raw, contentType, err = r.tryManifest(ctx, id); err == nil {
 			break
 		}
-		if err := sleep(ctx, r.p.before(try)); err != nil {
-			return nil, "", err
+		if err := tries.again(ctx, err); err != nil {
+			return nil, "", r.explain(err)
 		}
-	}
-	if err != nil {
-		return nil, "", r.explain(err)
 	}
 	if digest, err := v1.NewHash(id); err == nil && digest != descriptor(raw, "").Digest {
 		return nil, "", shed.Errorf(shed.CodeInvalid, "the manifest that came for %s does not have that digest", id).
@@ -146,7 +143,8 @@ func (r *registry) imageIn(ctx context.Context, id string, want v1.Platform, dep
 // blob returns a reader of the blob's bytes from offset on, for Store.ingest: it goes on by itself where a connection
 // breaks, as long as there is some progress.
 func (r *registry) blob(ctx context.Context, desc v1.Descriptor, offset int64) (io.ReadCloser, error) {
-	b := &remoteBlob{ctx: ctx, registry: r, desc: desc, at: offset}
+	tries := &attempts{p: r.p}
+	b := &remoteBlob{ctx: tries.with(ctx), registry: r, desc: desc, at: offset, tries: tries}
 	if err := b.retry(nil); err != nil {
 		return nil, r.explain(err)
 	}
@@ -159,7 +157,7 @@ type remoteBlob struct {
 	desc     v1.Descriptor
 	at       int64 // of the next byte
 	body     io.ReadCloser
-	failed   int // tries without progress
+	tries    *attempts
 }
 
 func (b *remoteBlob) Read(p []byte) (int, error) {
@@ -167,7 +165,7 @@ func (b *remoteBlob) Read(p []byte) (int, error) {
 		n, err := b.body.Read(p)
 		b.at += int64(n)
 		if n > 0 {
-			b.failed = 0
+			b.tries.failed = 0
 			return n, nil
 		}
 		if err == nil {
@@ -190,10 +188,7 @@ func (b *remoteBlob) retry(err error) error {
 				b.body.Close()
 				b.body = nil
 			}
-			if b.failed++; b.failed >= b.registry.p.tries || !broken(err) || b.ctx.Err() != nil {
-				return err
-			}
-			if err := sleep(b.ctx, b.registry.p.before(b.failed)); err != nil {
+			if err := b.tries.again(b.ctx, err); err != nil {
 				return err
 			}
 		}

@@ -19,7 +19,7 @@ import (
 
 // Rootfs makes sure that all layers of img have a block image, and returns the
 // paths of these, bottom first, and the image's configuration. It reports
-// the layers that it has to convert as phase "layer".
+// the layers that it has to convert as phase "convert", with an item for each.
 //
 // An image for another architecture, or with layers that aren't tars, is CodeUnsupported.
 func (s *Store) Rootfs(ctx context.Context, img *shed.Image, p shed.Progress) ([]string, v1.ConfigFile, error) {
@@ -62,18 +62,11 @@ func (s *Store) rootfs(ctx context.Context, img *shed.Image, most int, p shed.Pr
 		paths = append(paths, path)
 		layers, diffIDs = layers[n:], diffIDs[n:]
 	}
-	for i, l := range layers {
-		path, ok := s.layers.Path(diffIDs[i])
-		if !ok {
-			done := p.Phase("layer", fmt.Sprintf("converting layer %d of %d", len(manifest.Layers)-len(layers)+i+1, len(manifest.Layers)))
-			if path, err = s.convert(ctx, l, diffIDs[i], p); err != nil {
-				return nil, nil, err
-			}
-			done()
-		}
-		paths = append(paths, path)
+	converted, err := s.convert(ctx, layers, diffIDs, p)
+	if err != nil {
+		return nil, nil, err
 	}
-	return paths, cfg, nil
+	return append(paths, converted...), cfg, nil
 }
 
 // merge makes sure that the layers have a block image together, and returns its path.
@@ -99,13 +92,45 @@ func (s *Store) merge(ctx context.Context, layers []v1.Descriptor, diffIDs []v1.
 	return path, err
 }
 
-func (s *Store) convert(ctx context.Context, l v1.Descriptor, diffID v1.Hash, p shed.Progress) (string, error) {
-	u, err := s.unpackBlob(l, p, shed.Event{Phase: "layer", Total: l.Size})
+// convert makes sure that each of the layers has a block image, and returns their paths.
+func (s *Store) convert(ctx context.Context, layers []v1.Descriptor, diffIDs []v1.Hash, p shed.Progress) ([]string, error) {
+	paths := make([]string, len(layers))
+	var missing []v1.Descriptor
+	for i, l := range layers {
+		var ok bool
+		if paths[i], ok = s.layers.Path(diffIDs[i]); !ok {
+			missing = append(missing, l)
+		}
+	}
+	if len(missing) == 0 {
+		return paths, nil
+	}
+	done := p.Phase("convert", "converting layers")
+	progress := newMeter("convert", p, missing)
+	for i, l := range layers {
+		if _, ok := s.layers.Path(diffIDs[i]); ok { // an image can have a layer twice
+			continue
+		}
+		path, err := s.convertLayer(ctx, l, diffIDs[i], progress)
+		if err != nil {
+			return nil, err
+		}
+		paths[i] = path
+	}
+	done()
+	return paths, nil
+}
+
+func (s *Store) convertLayer(ctx context.Context, l v1.Descriptor, diffID v1.Hash, progress *meter) (string, error) {
+	u, err := s.unpackBlob(l, func(e shed.Event) { progress.report(l, e.Current, true) }, shed.Event{})
 	if err != nil {
 		return "", err
 	}
 	_, path, err := s.layers.Convert(ctx, u, diffID)
-	return path, errors.Join(err, u.Close())
+	if err = errors.Join(err, u.Close()); err == nil {
+		progress.done(l, "")
+	}
+	return path, err
 }
 
 // unpackBlob returns a reader of what is in a layer's blob. It reports to p, as e, how much of the blob was read.

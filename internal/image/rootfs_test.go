@@ -50,19 +50,18 @@ func TestRootfs(t *testing.T) {
 			t.Errorf("layer %d holds %q, want %q", i, out, k)
 		}
 	}
-	begun, done := 0, 0
-	for _, e := range events {
-		if e.Phase != "layer" {
-			t.Errorf("unexpected event %+v", e)
+	items := map[string]bool{}
+	for i, e := range events {
+		last := i == len(events)-1
+		if e.Phase != "convert" || (e.Message == "converting layers") != (i == 0) || last != (e.Done && e.Item == "") {
+			t.Errorf("event %d is %+v", i, e)
 		}
-		if e.Done {
-			done++
-		} else if e.Message != "" {
-			begun++
+		if e.Item != "" && e.Done && e.Total > 0 && e.Current == e.Total {
+			items[e.Item] = true
 		}
 	}
-	if begun != len(kinds) || done != len(kinds) {
-		t.Errorf("%d conversions were begun and %d done, want %d", begun, done, len(kinds))
+	if len(items) != len(kinds) {
+		t.Errorf("the layers %v were converted, want %d", items, len(kinds))
 	}
 
 	// The second time there is nothing to do, and no blob is needed.

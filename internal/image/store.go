@@ -83,8 +83,8 @@ func (s *Store) open() error {
 }
 
 // List returns all images, sorted by reference; those that have lost their tag come first. One that is damaged, that is
-// none or that has none for this host has no platform and no layers; Inspect says what is wrong with
-// it. List leaves InUse empty, and tells no image that the configuration names from others.
+// none or that has none for this host has no platform and no layers, and Problem says why. It isn't checked whether
+// layers have the content that they should. List leaves InUse empty, and tells no image that the configuration names from others.
 func (s *Store) List(ctx context.Context) ([]*shed.Image, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -97,12 +97,13 @@ func (s *Store) List(ctx context.Context) ([]*shed.Image, error) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		img, err := s.image(desc)
+		d, err := s.describe(desc)
 		if err != nil {
-			img = newImage(desc)
-			img.Size = rootfs.DiskUsage(s.blob(desc.Digest))
+			d = &shed.ImageDetail{Image: *newImage(desc)}
+			d.Size = rootfs.DiskUsage(s.blob(desc.Digest))
+			d.Problem = err.Error()
 		}
-		images = append(images, img)
+		images = append(images, &d.Image)
 	}
 	slices.SortFunc(images, func(a, b *shed.Image) int {
 		return cmp.Or(strings.Compare(a.Ref, b.Ref), strings.Compare(a.Digest, b.Digest))
@@ -169,6 +170,12 @@ func (s *Store) describe(entry v1.Descriptor) (*shed.ImageDetail, error) {
 			files[path] = struct{}{}
 		}
 		d.Layers = append(d.Layers, layer)
+		if there, err := s.hasBlob(l); d.Problem == "" && (err != nil || !there) {
+			d.Problem = fmt.Sprintf("the blob of layer %s is missing", l.Digest)
+			if err != nil {
+				d.Problem = fmt.Sprintf("the blob of layer %s: %v", l.Digest, err)
+			}
+		}
 	}
 	for path := range files {
 		d.Size += rootfs.DiskUsage(path)

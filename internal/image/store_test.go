@@ -317,8 +317,30 @@ func TestDamage(t *testing.T) {
 	if err != nil || len(list) != 2 || list[1].Digest != other.String() || list[1].Platform != "linux/"+runtime.GOARCH {
 		t.Fatalf("with a damaged manifest the store lists %v, %v", list, err)
 	}
+	if problem := blob + " is damaged: its content does not have that digest"; list[0].Problem != problem || list[1].Problem != "" {
+		t.Errorf("the problems are %q and %q", list[0].Problem, list[1].Problem)
+	}
 	if odd := list[0]; odd.Ref != "base" || odd.Digest != digestOf(t, img).String() || odd.Platform != "" || len(odd.Layers) != 0 || odd.Size == 0 {
 		t.Errorf("the damaged image is listed as %+v", odd)
+	}
+	// What a shed doesn't boot from is told too, and no reason not to say the rest.
+	layer := list[1].Layers[0].Digest
+	path := s.path("blobs/" + strings.Replace(layer, ":", "/", 1))
+	for _, tt := range []struct {
+		spoil func() error
+		want  string
+	}{
+		{func() error { return os.Truncate(path, 1) }, "it has 1 bytes"},
+		{func() error { return os.Remove(path) }, "the blob of layer " + layer + " is missing"},
+	} {
+		if err := tt.spoil(); err != nil {
+			t.Fatal(err)
+		}
+		list, err := s.List(t.Context())
+		d, ierr := s.Inspect(t.Context(), "other")
+		if err != nil || ierr != nil || len(list[1].Layers) != 1 || !strings.Contains(list[1].Problem, tt.want) || d.Problem != list[1].Problem {
+			t.Errorf("%+v, %v and %+v, %v; want the problem %q", list[1], err, d, ierr, tt.want)
+		}
 	}
 	index := s.path("index.json")
 	if err := os.WriteFile(index, []byte(`{"manifests": [`), 0o644); err != nil {

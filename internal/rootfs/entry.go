@@ -30,6 +30,14 @@ const (
 	maxID    = 1<<32 - 2
 )
 
+// A file system's writer walks from the root to each file, and to each directory that is only implied: a name of 4 KB can imply
+// 2,000 of them, which takes 2 million steps. Layers may take as many steps as a few such names do, and
+// besides as many for each entry as names that people have don't need by far.
+const (
+	freeSteps     = 4 << 20
+	stepsPerEntry = 64
+)
+
 // maxTrailer bounds, in bytes, what follows the end of a tar. Programs that write tars pad
 // them to the size of their records: 10 KB mostly, some MB at most.
 const maxTrailer = 16 << 20

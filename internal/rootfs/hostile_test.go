@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/charliek/shed"
@@ -220,12 +221,53 @@ func TestConvertTooLarge(t *testing.T) {
 func TestManyDirectories(t *testing.T) {
 	tree := newTree(0, nil)
 	var err error
-	for i := 0; i < maxEntries/2000+1 && err == nil; i++ {
-		name := fmt.Sprintf("%d/%sf", i, strings.Repeat("d/", 2000))
+	for i := 0; i < maxEntries/5+1 && err == nil; i++ {
+		name := fmt.Sprintf("%d/d/d/d/f", i)
 		_, err = tree.add(entry{name: name, index: i, hdr: &tar.Header{Typeflag: tar.TypeReg}})
 	}
 	if shed.ErrorCode(err) != shed.CodeInvalid || !strings.Contains(err.Error(), "more than 2097152 files and directories") {
 		t.Errorf("got %v, want an error about their number", err)
+	}
+}
+
+// What a tar costs is in proportion to its entries, however deep the directories are that their names imply.
+func TestDeepDirectories(t *testing.T) {
+	deep := strings.Repeat("d/", 2000)
+	for name, nth := range map[string]func(i int) tar.Header{
+		"implied":     func(i int) tar.Header { return file(fmt.Sprintf("%d/%sf", i, deep), "") },
+		"many in one": func(i int) tar.Header { return file(fmt.Sprint(deep, i), "") },
+		"repeated":    func(i int) tar.Header { return file(deep+"f", "") },
+		"whiteouts":   func(i int) tar.Header { return file(fmt.Sprint(deep, whiteoutPrefix, i), "") },
+		"links": func(i int) tar.Header {
+			if i == 0 {
+				return file(deep+"f", "")
+			}
+			return link(fmt.Sprint(i), deep+"f")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var written atomic.Int64
+			read := tarOf(t, func(w *tar.Writer) error {
+				for i := range 10_000 {
+					hdr := nth(i)
+					hdr.Size = 0
+					if err := w.WriteHeader(&hdr); err != nil {
+						return err
+					}
+					written.Store(int64(i))
+				}
+				return nil
+			})
+			_, _, err := openLayers(t).Convert(t.Context(), read, v1.Hash{})
+			if shed.ErrorCode(err) != shed.CodeInvalid || !strings.Contains(err.Error(), "nested too deep") {
+				t.Errorf("got %.300v, want an error about the depth", err)
+			}
+			// Each takes 2,000 steps at least. Reading is ahead by what buffers hold.
+			const most = freeSteps/(2000-stepsPerEntry) + 1000
+			if n := written.Load(); n > most {
+				t.Errorf("it took %d entries to find that out, want at most %d", n, most)
+			}
+		})
 	}
 }
 

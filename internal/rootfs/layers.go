@@ -116,7 +116,7 @@ func (l *Layers) Convert(ctx context.Context, r io.Reader, declared v1.Hash) (v1
 			return declared, path, nil
 		}
 	}
-	diffID, path, err := l.convert(ctx, r, declared)
+	diffID, path, err := l.convert(ctx, r, declared, func(v1.Hash) {})
 	if err != nil {
 		if declared != (v1.Hash{}) {
 			err = fmt.Errorf("layer %s: %w", declared, err)
@@ -124,6 +124,12 @@ func (l *Layers) Convert(ctx context.Context, r io.Reader, declared v1.Hash) (v1
 		return v1.Hash{}, "", err
 	}
 	return diffID, path, nil
+}
+
+// ConvertNew is Convert for a tar whose diff ID nobody knows. It calls keep with that before the image appears, so
+// that the image can be kept from being removed from its first moment on.
+func (l *Layers) ConvertNew(ctx context.Context, r io.Reader, keep func(diffID v1.Hash)) (v1.Hash, string, error) {
+	return l.convert(ctx, r, v1.Hash{}, keep)
 }
 
 // lock waits until no other call makes the image at path and keeps others from it until release is called.
@@ -151,7 +157,7 @@ func (l *Layers) lock(ctx context.Context, path string) (release func(), err err
 	}
 }
 
-func (l *Layers) convert(ctx context.Context, r io.Reader, declared v1.Hash) (diffID v1.Hash, path string, err error) {
+func (l *Layers) convert(ctx context.Context, r io.Reader, declared v1.Hash, keep func(v1.Hash)) (diffID v1.Hash, path string, err error) {
 	f, err := os.CreateTemp(l.dir, tempPrefix+"layer-")
 	if err != nil {
 		return v1.Hash{}, "", NoSpace(err, l.dir)
@@ -164,6 +170,7 @@ func (l *Layers) convert(ctx context.Context, r io.Reader, declared v1.Hash) (di
 		discard(f)
 		return v1.Hash{}, "", NoSpace(err, l.dir)
 	}
+	keep(diffID)
 	path = imagePath(l.dir, diffID)
 	if err := Commit(f, path, 0o444); err != nil {
 		return v1.Hash{}, "", err

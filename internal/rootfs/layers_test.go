@@ -200,6 +200,13 @@ func TestConvertDeclared(t *testing.T) {
 	}
 	// What follows the tar's end belongs to the diff ID.
 	b = append(b, make([]byte, 100_000)...)
+	kept := false
+	if _, _, err := l.ConvertNew(t.Context(), bytes.NewReader(layer(t, file("new", ""))), func(id v1.Hash) {
+		path, there := l.Path(id)
+		kept = !there && path != ""
+	}); err != nil || !kept {
+		t.Errorf("ConvertNew: %v; that it says the diff ID before the image is there is %t", err, kept)
+	}
 	id, path, err := l.Convert(t.Context(), bytes.NewReader(b), sum(b))
 	if err != nil || id != sum(b) {
 		t.Fatalf("got %s, %v", id, err)

@@ -114,6 +114,11 @@ func mergeTrees(ctx context.Context, layers []MergeLayer) (*tree, error) {
 func writeMerged(ctx context.Context, dst io.Writer, merged *tree, layers []MergeLayer) error {
 	names := make(map[origin]*node)
 	merged.root.files(func(n *node) {
+		// The name that is the way to the others is one of the shortest.
+		if first := names[n.origin]; first != nil && first.depth <= n.depth {
+			first.next, n.next = n, first.next
+			return
+		}
 		n.next = names[n.origin]
 		names[n.origin] = n
 	})

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -218,5 +219,34 @@ func wantNothing(t testing.TB, l *Layers) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// A file's other names are links to one that takes the fewest steps.
+func TestMergeLinksToShortName(t *testing.T) {
+	layers := []MergeLayer{mergeLayer(layer(t, file("a/b/c/f", "x"), link("a/g", "a/b/c/f"), link("z", "a/b/c/f"), link("a/h", "z")))}
+	merged, err := mergeTrees(t.Context(), layers)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	if err := writeMerged(t.Context(), &out, merged, layers); err != nil {
+		t.Fatal(err)
+	}
+	links := map[string]string{}
+	for tr := tar.NewReader(&out); ; {
+		hdr, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if hdr.Typeflag == tar.TypeLink {
+			links[hdr.Name] = hdr.Linkname
+		}
+	}
+	if want := map[string]string{"a/b/c/f": "z", "a/g": "z", "a/h": "z"}; !maps.Equal(links, want) {
+		t.Errorf("the links are %v, want %v", links, want)
 	}
 }

@@ -15,6 +15,7 @@ const lostFound = "lost+found"
 type tree struct {
 	root  *node
 	nodes int
+	steps int   // from the root to all nodes that were made and entries that were added
 	layer int   // its number
 	lower *tree // what the layer is put upon, if that is known; its hard links may lead there
 }
@@ -23,6 +24,7 @@ type tree struct {
 type node struct {
 	name     string
 	parent   *node // nil for the root
+	depth    int   // of the root: 0
 	children map[string]*node
 	kind     nodeKind
 	whiteout bool        // layers below don't have it
@@ -58,7 +60,7 @@ func (n *node) put(child *node) {
 	if n.children == nil {
 		n.children = make(map[string]*node)
 	}
-	child.parent = n
+	child.parent, child.depth = n, n.depth+1
 	n.children[child.name] = child
 }
 
@@ -108,6 +110,7 @@ func (t *tree) make(name string) (*node, error) {
 			}
 			child = &node{name: strings.Clone(part)}
 			n.put(child)
+			t.steps += child.depth
 		}
 		n = child
 	}
@@ -142,6 +145,13 @@ func (t *tree) add(e entry) (change, error) {
 	n, err := t.make(e.name)
 	if err != nil {
 		return unchanged, err
+	}
+	t.steps += n.depth
+	if e.hdr != nil && e.hdr.Typeflag == tar.TypeLink {
+		t.steps += strings.Count(e.hdr.Linkname, "/") + 1
+	}
+	if entries := e.index + 1; t.steps > freeSteps+stepsPerEntry*entries {
+		return unchanged, invalid("directories are nested too deep in each other for a tar of %d entries", entries)
 	}
 	switch e.kind {
 	case entryWhiteout:
