@@ -67,7 +67,7 @@ func fillState(t testing.TB, state string) error {
 // cacheKey changes with the code that makes what is cached.
 func cacheKey() (string, error) {
 	h := sha256.New()
-	for _, pattern := range []string{"../internal/image/*", "../internal/kernel/*", "../internal/rootfs/*"} {
+	for _, pattern := range []string{"../internal/image/*", "../internal/kernel/*", "../internal/preset/*", "../internal/rootfs/*"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil {
 			return "", err

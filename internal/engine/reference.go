@@ -11,6 +11,7 @@ import (
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/image"
+	"github.com/charliek/shed/internal/preset"
 )
 
 // PullPolicy says when a create pulls the image that it names.
@@ -50,7 +51,7 @@ var digest = regexp.MustCompile(`^(sha256:)?[0-9a-f]{12,64}$`)
 // here, and an image that has such a name there is somebody else's.
 func Pullable(ref string) bool {
 	tag, err := image.Familiar(ref)
-	return err == nil && !digest.MatchString(ref) && !slices.Contains(image.Presets(), tag)
+	return err == nil && !digest.MatchString(ref) && !slices.Contains(preset.Names(), tag)
 }
 
 // expand returns the reference that a name in a command or the configuration stands for.

@@ -16,8 +16,8 @@ import (
 
 func TestAssemble(t *testing.T) {
 	s := open(t, t.TempDir())
-	old, new := tarFrom(t, "a=1"), tarFrom(t, "b=2")
-	lowest := fakeBuild(t, s, presets[0], old)
+	old, new := tarOf(t, "a", "1"), tarOf(t, "b", "2")
+	lowest := fakeBuild(t, s, "base", old)
 	mustImage(t, lowest, time.Now())
 	diffID, _, err := v1.SHA256(bytes.NewReader(new))
 	if err != nil {
@@ -31,7 +31,7 @@ func TestAssemble(t *testing.T) {
 	}
 	before := files(t, filepath.Dir(s.dir))
 
-	wrong := func(context.Context, v1.Hash) io.ReadCloser { return io.NopCloser(bytes.NewReader(tarFrom(t, "c=3"))) }
+	wrong := func(context.Context, v1.Hash) io.ReadCloser { return io.NopCloser(bytes.NewReader(tarOf(t, "c", "3"))) }
 	if _, err := s.Assemble(t.Context(), config, "x", wrong, nil); shed.ErrorCode(err) != shed.CodeInvalid {
 		t.Errorf("of another layer's content it gives %v", err)
 	}

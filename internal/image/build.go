@@ -1,7 +1,6 @@
 package image
 
 import (
-	"archive/tar"
 	"bufio"
 	"context"
 	"errors"
@@ -9,11 +8,11 @@ import (
 	"io"
 	"os"
 	"runtime"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/preset"
 	"github.com/charliek/shed/internal/rootfs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -28,7 +27,7 @@ import (
 // An unknown preset is CodeInvalid, another build under way CodeConflict, and a host that lacks what
 // it takes CodeUnsupported.
 func (s *Store) BuildPreset(ctx context.Context, name string, p shed.Progress) (*shed.Image, error) {
-	preset, err := findPreset(name)
+	made, err := preset.Find(name)
 	if err != nil {
 		return nil, err
 	}
@@ -36,15 +35,15 @@ func (s *Store) BuildPreset(ctx context.Context, name string, p shed.Progress) (
 		return nil, shed.Errorf(shed.CodeConflict, "an image is being built already").WithHint("wait until it is done")
 	}
 	defer s.building.Unlock()
-	img, err := s.build(ctx, preset, serialize(p))
+	img, err := s.build(ctx, made, serialize(p))
 	if err != nil {
 		return nil, fmt.Errorf("building image %s: %w", name, err)
 	}
 	return img, nil
 }
 
-func (s *Store) build(ctx context.Context, preset preset, p shed.Progress) (_ *shed.Image, err error) {
-	suite, err := hostSuite("/etc/os-release")
+func (s *Store) build(ctx context.Context, made preset.Preset, p shed.Progress) (_ *shed.Image, err error) {
+	suite, err := preset.HostSuite()
 	if err != nil {
 		return nil, err
 	}
@@ -53,17 +52,12 @@ func (s *Store) build(ctx context.Context, preset preset, p shed.Progress) (_ *s
 		return nil, err
 	}
 	defer func() { err = added.end(err) }()
-	b := &presetBuild{addition: added, preset: preset, suite: suite, progress: p}
+	b := &presetBuild{addition: added, preset: made, suite: suite, progress: p}
 	if err := b.base(ctx); err != nil {
 		return nil, err
 	}
-	for _, st := range preset.upper {
-		if st.hook == "" {
-			err = b.add(ctx, st.comment, func(w io.Writer) error { return writeFiles(w, st.files) })
-		} else {
-			err = b.extend(ctx, st)
-		}
-		if err != nil {
+	for _, st := range made.Steps {
+		if err := b.extend(ctx, st); err != nil {
 			return nil, err
 		}
 	}
@@ -71,13 +65,13 @@ func (s *Store) build(ctx context.Context, preset preset, p shed.Progress) (_ *s
 	if err != nil {
 		return nil, err
 	}
-	return s.image(withTag(desc, preset.name))
+	return s.image(withTag(desc, made.Name))
 }
 
 // presetBuild is the building of one preset.
 type presetBuild struct {
 	*addition
-	preset   preset
+	preset   preset.Preset
 	suite    string
 	progress shed.Progress
 	layers   []madeLayer // bottom first
@@ -85,9 +79,8 @@ type presetBuild struct {
 
 // base makes the bootstrapped system the lowest layer, or takes one that is there.
 func (b *presetBuild) base(ctx context.Context) error {
-	r := b.preset.base
-	if len(b.preset.upper) > 0 {
-		base, release := b.store.built(r.version(b.suite))
+	if len(b.preset.Steps) > 0 {
+		base, release := b.store.built(b.preset.Version(b.suite))
 		b.keep(release)
 		if base != nil {
 			done := b.progress.Phase("bootstrap", fmt.Sprintf("using the system of image %s, made %s", base.name, base.history.Created.Format(time.DateTime)))
@@ -96,104 +89,92 @@ func (b *presetBuild) base(ctx context.Context) error {
 			return nil
 		}
 	}
-	done := b.progress.Phase("bootstrap", "bootstrapping Debian "+b.suite)
-	boot, err := startBootstrap(ctx, r.args(b.suite), os.Environ(), nil, b.message("bootstrap"))
+	var blob *os.File
+	var l madeLayer
+	err := b.preset.Bootstrap(ctx, b.suite, b.progress, func(r io.Reader) (err error) {
+		blob, l, err = b.layer(ctx, r)
+		return err
+	})
 	if err != nil {
-		return err
-	}
-	blob, l, err := b.layer(ctx, b.count(boot, "bootstrap"))
-	if err = stopped(ctx, boot, err); err != nil {
-		return err
-	}
-	done()
-	return b.commit(blob, l, fmt.Sprintf("Debian %s, minbase, with %s", b.suite, strings.Join(append(r.packages, r.optional...), " ")))
-}
-
-func (b *presetBuild) message(phase string) func(string) {
-	return func(message string) { b.progress.Report(shed.Event{Phase: phase, Message: message}) }
-}
-
-func (b *presetBuild) count(r io.Reader, phase string) io.Reader {
-	return b.progress.Reader(r, shed.Event{Phase: phase})
-}
-
-// stopped stops boot, the reading of which ended with err, and returns why the step failed, if it did.
-func stopped(ctx context.Context, boot *bootstrap, err error) error {
-	err = errors.Join(err, boot.stop(err))
-	if err != nil && ctx.Err() != nil {
-		return ctx.Err() // that the program died of it is no news
-	}
-	return err
-}
-
-// extend runs the hook of st in a tree of the layers so far, and makes what it changed the next one.
-func (b *presetBuild) extend(ctx context.Context, st step) (err error) {
-	done := b.progress.Phase("packages", "unpacking the layers below")
-	var files []file
-	env := os.Environ()
-	if st.npm {
-		if files, env, err = npmConfig(env, globalNpmrc); err != nil {
-			return err
+		if blob != nil {
+			err = errors.Join(err, blob.Close(), os.Remove(blob.Name()))
 		}
-	}
-	lower := make([]*layer, len(b.layers))
-	for i, l := range b.layers {
-		if err := b.store.withLayer(l.desc, func(r io.Reader) error {
-			lower[i], err = readLayer(readerOf(ctx, r))
-			return err
-		}); err != nil {
-			return err
-		}
-	}
-	merged := merge(lower)
-	// A layer has a file with all its names or not at all, so the tar is read twice.
-	whole, err := b.store.createTemp()
-	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, whole.Close(), os.Remove(whole.Name())) }()
+	return b.commit(blob, l, b.preset.Comment(b.suite))
+}
 
-	boot, err := startBootstrap(ctx, st.args(b.suite), env, func(w io.Writer) error {
-		return b.writeTree(w, lower, merged, files)
-	}, b.message("packages"))
+// extend makes the layer of a step upon those so far.
+func (b *presetBuild) extend(ctx context.Context, st preset.Step) (err error) {
+	var lower []preset.Layer
+	for _, l := range b.layers {
+		lower = append(lower, func(read func(io.Reader) error) error {
+			return b.store.withLayer(l.desc, func(r io.Reader) error { return read(readerOf(ctx, r)) })
+		})
+	}
+	scratch, err := b.store.createTemp()
 	if err != nil {
 		return err
 	}
-	upper, err := readLayer(bufio.NewReaderSize(io.TeeReader(b.count(boot, "packages"), whole), 1<<20))
-	if err = stopped(ctx, boot, err); err != nil {
+	defer func() { err = errors.Join(err, scratch.Close(), os.Remove(scratch.Name())) }()
+	write, err := st.Make(ctx, b.suite, lower, scratch, b.progress)
+	if err != nil {
 		return rootfs.NoSpace(err, b.store.dir)
 	}
-	done()
-	return b.add(ctx, st.comment, func(w io.Writer) error {
-		if _, err := whole.Seek(0, io.SeekStart); err != nil {
-			return err
-		}
-		return diff(w, merged, upper, bufio.NewReaderSize(readerOf(ctx, whole), 1<<20))
-	})
+	return b.add(ctx, st.Comment, write)
 }
 
-// writeTree writes one tar of the layers, and files that only root can read. It leaves out what mmdebstrap has put
-// into the tree by then, and takes from the host.
-func (b *presetBuild) writeTree(w io.Writer, layers []*layer, merged map[string]*inode, files []file) error {
-	tw := tar.NewWriter(w)
-	for i, l := range layers {
-		err := b.store.withLayer(b.layers[i].desc, func(r io.Reader) error {
-			return l.copy(tw, r, func(ino *inode) []string {
-				names := live(merged, ino)
-				if len(names) > 0 && (strings.HasPrefix(names[0], "dev/") || names[0] == "etc/resolv.conf" || names[0] == "etc/hostname") {
-					return nil
-				}
-				return names
-			})
-		})
+// versionLabel is the label with the version of the recipe of an image's lowest layer.
+const versionLabel = "io.github.charliek.shed.base"
+
+// built returns the preset image whose lowest layer was last made by that version of a recipe, and keeps it from
+// being removed until release is called. It returns nil if there is none.
+func (s *Store) built(version string) (img *baseImage, release func()) {
+	release = func() {}
+	for _, name := range preset.Names() {
+		found, r, err := s.Acquire(name)
 		if err != nil {
-			return err
+			continue // it isn't there, or is of no use
 		}
+		next, err := s.baseImage(found.Digest)
+		if err != nil || next.version != version || img != nil && !next.history.Created.After(img.history.Created.Time) {
+			r()
+			continue
+		}
+		release()
+		next.name, img, release = name, next, r
 	}
-	if err := addFiles(tw, files, 0o600); err != nil {
-		return err
+	return img, release
+}
+
+// baseImage is the lowest layer of an image.
+type baseImage struct {
+	name, version string
+	madeLayer
+}
+
+func (s *Store) baseImage(digest string) (*baseImage, error) {
+	h, err := v1.NewHash(digest)
+	if err != nil {
+		return nil, err
 	}
-	return tw.Close()
+	manifest, cfg, err := s.manifest(h, types.OCIManifestSchema1)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkLayers(manifest); err != nil {
+		return nil, err
+	}
+	if len(manifest.Layers) == 0 || len(cfg.History) == 0 {
+		return nil, shed.Errorf(shed.CodeInvalid, "it has no layers")
+	}
+	if _, err := os.Stat(s.blob(manifest.Layers[0].Digest)); err != nil {
+		return nil, err
+	}
+	return &baseImage{
+		version:   cfg.Config.Labels[versionLabel],
+		madeLayer: madeLayer{desc: manifest.Layers[0], diffID: cfg.RootFS.DiffIDs[0], history: cfg.History[0]},
+	}, nil
 }
 
 // withLayer calls f with the tar of the layer whose blob desc points to.
@@ -242,7 +223,7 @@ func (b *presetBuild) commit(blob *os.File, l madeLayer, comment string) error {
 	}
 	l.history = v1.History{
 		Created:   v1.Time{Time: time.Now().UTC().Truncate(time.Second)},
-		CreatedBy: "shed image build " + b.preset.name,
+		CreatedBy: "shed image build " + b.preset.Name,
 		Comment:   comment,
 	}
 	b.layers = append(b.layers, l)
@@ -257,10 +238,10 @@ func (b *presetBuild) image() (v1.Descriptor, error) {
 		Architecture: runtime.GOARCH,
 		OS:           "linux",
 		Created:      v1.Time{Time: now},
-		Config:       b.preset.config,
+		Config:       b.preset.Config,
 		RootFS:       v1.RootFS{Type: "layers"},
 	}
-	cfg.Config.Labels = map[string]string{versionLabel: b.preset.base.version(b.suite)}
+	cfg.Config.Labels = map[string]string{versionLabel: b.preset.Version(b.suite)}
 	manifest := v1.Manifest{
 		SchemaVersion: 2,
 		MediaType:     types.OCIManifestSchema1,
@@ -280,7 +261,7 @@ func (b *presetBuild) image() (v1.Descriptor, error) {
 		return v1.Descriptor{}, err
 	}
 	desc.Platform = &v1.Platform{Architecture: runtime.GOARCH, OS: "linux"}
-	if err := b.store.tag(desc, b.preset.name); err != nil {
+	if err := b.store.tag(desc, b.preset.Name); err != nil {
 		return v1.Descriptor{}, err
 	}
 	done()

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -158,7 +159,7 @@ func checkBase(t *testing.T, path string) {
 }
 
 // checkFull looks at the topmost layer of full.
-func checkFull(t *testing.T, s *Store, full *shed.Image, path string) {
+func checkFull(t *testing.T, s *Store, full *shed.Image, img string) {
 	t.Helper()
 	for request, want := range map[string]string{
 		"stat /usr/bin/python3":                     "Type: symlink",
@@ -171,7 +172,7 @@ func checkFull(t *testing.T, s *Store, full *shed.Image, path string) {
 		"stat /root/.npm":                           "File not found",
 		"stat /etc/npmrc":                           "File not found",
 	} {
-		if out := debugfs(t, path, request); !strings.Contains(out, want) {
+		if out := debugfs(t, img, request); !strings.Contains(out, want) {
 			t.Errorf("full: %s has no %q:\n%s", request, want, out)
 		}
 	}
@@ -187,34 +188,52 @@ func checkFull(t *testing.T, s *Store, full *shed.Image, path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var l *layer
-	var leaked []string
+	headers, names := map[string]*tar.Header{}, map[string][]string{} // of all, and by what they are links to
 	if err := s.withLayer(manifest.Layers[2], func(r io.Reader) error {
-		var err error
-		l, err = readLayer(r)
-		return err
+		for tr := tar.NewReader(r); ; {
+			hdr, err := tr.Next()
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			name, first := path.Clean(hdr.Name), path.Clean(hdr.Name)
+			if hdr.Typeflag == tar.TypeLink {
+				first = path.Clean(hdr.Linkname)
+			}
+			headers[name] = hdr
+			names[first] = append(names[first], name)
+		}
 	}); err != nil {
 		t.Fatal(err)
 	}
-	for name, ino := range l.names {
-		if ino.hdr.Uid != 0 && !strings.HasPrefix(name, "var/cache/apt/") { // apt downloads as a user of its own
-			t.Errorf("full: %s is of user %d", name, ino.hdr.Uid)
+	var leaked, whiteouts []string
+	for name, hdr := range headers {
+		if strings.HasPrefix(path.Base(name), ".wh.") {
+			whiteouts = append(whiteouts, name)
+		}
+		if hdr.Uid != 0 && !strings.HasPrefix(name, "var/cache/apt/") { // apt downloads as a user of its own
+			t.Errorf("full: %s is of user %d", name, hdr.Uid)
 		}
 		if strings.HasPrefix(name, "dev/") || strings.HasPrefix(name, "run/") || strings.HasPrefix(name, "tmp/") ||
 			strings.HasPrefix(name, "home/") || strings.HasPrefix(name, "usr/share/nodejs") || strings.HasSuffix(name, ".package-lock.json") {
 			leaked = append(leaked, name)
 		}
 	}
-	if len(leaked) > 0 || len(l.whiteouts) > 0 {
-		t.Errorf("full has, besides what was installed, %q, and removes %q", leaked, l.whiteouts)
+	if len(leaked) > 0 || len(whiteouts) > 0 {
+		t.Errorf("full has, besides what was installed, %q, and removes %q", leaked, whiteouts)
 	}
 	links := func(of string) []string {
-		ino := l.names["usr/local/lib/node_modules/"+of]
-		if ino == nil {
+		hdr := headers["usr/local/lib/node_modules/"+of]
+		if hdr == nil {
 			t.Errorf("full has no %s", of)
 			return nil
 		}
-		return ino.names
+		if hdr.Typeflag == tar.TypeLink {
+			return names[path.Clean(hdr.Linkname)]
+		}
+		return names[path.Clean(hdr.Name)]
 	}
 	arch := map[string]string{"amd64": "x64", "arm64": "arm64"}[runtime.GOARCH]
 	if names := links("@anthropic-ai/claude-code/node_modules/@anthropic-ai/claude-code-linux-" + arch + "/claude"); len(names) != 2 {
@@ -224,12 +243,12 @@ func checkFull(t *testing.T, s *Store, full *shed.Image, path string) {
 		if names := links("opencode-ai/node_modules/opencode-linux-x64-baseline/bin/opencode"); len(names) != 2 {
 			t.Errorf("the baseline build of opencode has the names %q: opencode isn't it", names)
 		}
-		if l.names["usr/local/lib/node_modules/opencode-ai/node_modules/opencode-linux-x64"] != nil {
+		if headers["usr/local/lib/node_modules/opencode-ai/node_modules/opencode-linux-x64"] != nil {
 			t.Error("the build of opencode for newer processors is there too")
 		}
 	}
 	for _, program := range []string{"claude", "codex", "opencode"} {
-		if ino := l.names["usr/local/bin/"+program]; ino == nil || ino.hdr.Typeflag != tar.TypeSymlink {
+		if hdr := headers["usr/local/bin/"+program]; hdr == nil || hdr.Typeflag != tar.TypeSymlink {
 			t.Errorf("%s isn't on the PATH", program)
 		}
 	}

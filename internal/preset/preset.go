@@ -1,4 +1,6 @@
-package image
+// Package preset makes what preset images are made of: a bootstrapped Debian, by mmdebstrap, and layers upon it, each the
+// difference that a script makes in a tree of the layers below. It needs no root.
+package preset
 
 import (
 	"archive/tar"
@@ -6,22 +8,23 @@ import (
 	"crypto/sha256"
 	_ "embed"
 	"encoding/hex"
+	"fmt"
 	"io"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/charliek/shed"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// preset is an image that is built here and not from a Dockerfile: a bootstrapped system, and layers upon it.
-type preset struct {
-	name   string
+// Preset is an image that is made here and not from a Dockerfile: a bootstrapped system, and layers upon it.
+type Preset struct {
+	Name   string
+	Steps  []Step // that make the layers upon the system, bottom first
+	Config v1.Config
 	base   recipe
-	upper  []step
-	config v1.Config
 }
 
 // recipe is what a bootstrapped system is made of.
@@ -31,9 +34,9 @@ type recipe struct {
 	hook     string   // shell script that gets the tree as $1
 }
 
-// step makes a layer upon others.
-type step struct {
-	comment string
+// Step makes a layer upon others.
+type Step struct {
+	Comment string // for the image's history
 	// files makes the layer of just these.
 	files []file
 	// hook is a shell script that changes the tree $1. The layer is what it changed.
@@ -79,8 +82,8 @@ var builder = recipe{packages: []string{"buildah", "ca-certificates", "container
 // extensions prepares the place of what answers programs in a shed with credentials that stay outside: its sockets are
 // in /run/shed, which the user can enter. A socket is pointed to only while it is there, and never in
 // place of an agent that ssh -A has brought along.
-var extensions = step{
-	comment: "the place for credentials' sockets",
+var extensions = Step{
+	Comment: "the place for credentials' sockets",
 	files: []file{
 		{"./", ""},
 		{"etc/", ""},
@@ -94,7 +97,7 @@ fi
 	},
 }
 
-var agents = step{comment: "Python 3, Node 24, Claude Code, OpenCode and Codex", hook: fullHook, npm: true}
+var agents = Step{Comment: "Python 3, Node 24, Claude Code, OpenCode and Codex", hook: fullHook, npm: true}
 
 var (
 	systemConfig = v1.Config{
@@ -106,29 +109,39 @@ var (
 	builderConfig = v1.Config{Env: systemConfig.Env, Cmd: systemConfig.Cmd, User: "root", WorkingDir: "/"}
 )
 
-var presets = []preset{
-	{name: "base", base: debian, config: systemConfig},
-	{name: "extensions", base: debian, upper: []step{extensions}, config: systemConfig},
-	{name: "full", base: debian, upper: []step{extensions, agents}, config: systemConfig},
-	{name: "builder", base: builder, config: builderConfig},
+var presets = []Preset{
+	{Name: "base", base: debian, Config: systemConfig},
+	{Name: "extensions", base: debian, Steps: []Step{extensions}, Config: systemConfig},
+	{Name: "full", base: debian, Steps: []Step{extensions, agents}, Config: systemConfig},
+	{Name: "builder", base: builder, Config: builderConfig},
 }
 
-// Presets returns the names of the images that BuildPreset builds.
-func Presets() []string {
+// Names returns the names of all presets.
+func Names() []string {
 	names := make([]string, len(presets))
 	for i, p := range presets {
-		names[i] = p.name
+		names[i] = p.Name
 	}
 	return names
 }
 
-func findPreset(name string) (preset, error) {
+// Find returns the preset with that name. CodeInvalid if there is none.
+func Find(name string) (Preset, error) {
 	for _, p := range presets {
-		if p.name == name {
+		if p.Name == name {
 			return p, nil
 		}
 	}
-	return preset{}, shed.Errorf(shed.CodeInvalid, "there is no preset %q", name).WithHint("there are: %s", strings.Join(Presets(), ", "))
+	return Preset{}, shed.Errorf(shed.CodeInvalid, "there is no preset %q", name).WithHint("there are: %s", strings.Join(Names(), ", "))
+}
+
+// Version changes whenever the preset's system would be made in another way: not when the distribution changes. Presets
+// whose system is the same have the same.
+func (p Preset) Version(suite string) string { return p.base.version(suite) }
+
+// Comment says what the preset's system is, for an image's history.
+func (p Preset) Comment(suite string) string {
+	return fmt.Sprintf("Debian %s, minbase, with %s", suite, strings.Join(append(slices.Clone(p.base.packages), p.base.optional...), " "))
 }
 
 // args are mmdebstrap's arguments to make the system.
@@ -160,7 +173,7 @@ func (r recipe) version(suite string) string {
 }
 
 // args are mmdebstrap's arguments to run the step's hook in the tree that it gets as its descriptor 3.
-func (st step) args(suite string) []string {
+func (st Step) args(suite string) []string {
 	return []string{
 		"--variant=custom", "--components=main", "--format=tar",
 		`--setup-hook=tar --directory="$1" --extract --xattrs --xattrs-include='*' --numeric-owner --same-permissions <&3`,
@@ -195,60 +208,9 @@ func addFiles(tw *tar.Writer, files []file, mode int64) error {
 	return nil
 }
 
-// versionLabel is the label with the version of the recipe of an image's lowest layer.
-const versionLabel = "io.github.charliek.shed.base"
+// HostSuite returns the Debian suite of the host: its keys are there and its mirrors in reach. CodeUnsupported if it has none.
+func HostSuite() (string, error) { return hostSuite("/etc/os-release") }
 
-// built returns the preset image whose lowest layer was last made by that version of a recipe, and keeps it from
-// being removed until release is called. It returns nil if there is none.
-func (s *Store) built(version string) (img *baseImage, release func()) {
-	release = func() {}
-	for _, p := range presets {
-		found, r, err := s.Acquire(p.name)
-		if err != nil {
-			continue // it isn't there, or is of no use
-		}
-		next, err := s.baseImage(found.Digest)
-		if err != nil || next.version != version || img != nil && !next.history.Created.After(img.history.Created.Time) {
-			r()
-			continue
-		}
-		release()
-		next.name, img, release = p.name, next, r
-	}
-	return img, release
-}
-
-// baseImage is the lowest layer of an image.
-type baseImage struct {
-	name, version string
-	madeLayer
-}
-
-func (s *Store) baseImage(digest string) (*baseImage, error) {
-	h, err := v1.NewHash(digest)
-	if err != nil {
-		return nil, err
-	}
-	manifest, cfg, err := s.manifest(h, types.OCIManifestSchema1)
-	if err != nil {
-		return nil, err
-	}
-	if err := checkLayers(manifest); err != nil {
-		return nil, err
-	}
-	if len(manifest.Layers) == 0 || len(cfg.History) == 0 {
-		return nil, shed.Errorf(shed.CodeInvalid, "it has no layers")
-	}
-	if _, err := os.Stat(s.blob(manifest.Layers[0].Digest)); err != nil {
-		return nil, err
-	}
-	return &baseImage{
-		version:   cfg.Config.Labels[versionLabel],
-		madeLayer: madeLayer{desc: manifest.Layers[0], diffID: cfg.RootFS.DiffIDs[0], history: cfg.History[0]},
-	}, nil
-}
-
-// hostSuite returns the Debian suite of the host from its os-release file: its keys are there and its mirrors in reach.
 func hostSuite(osRelease string) (string, error) {
 	f, err := os.Open(osRelease)
 	if err != nil {

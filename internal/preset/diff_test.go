@@ -1,4 +1,4 @@
-package image
+package preset
 
 import (
 	"archive/tar"
