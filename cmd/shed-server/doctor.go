@@ -12,6 +12,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
 	"github.com/charliek/shed/internal/rootfs"
@@ -80,6 +81,14 @@ func doctor(ctx context.Context, cfg config, w io.Writer) error {
 	}
 	for _, p := range problems {
 		fmt.Fprintf(tw, "unused\tssh\t%s\n", p)
+	}
+	// The first start of the server makes it.
+	if key, err := os.ReadFile(filepath.Join(cfg.StateDir, hostKeyFile)); err == nil {
+		if signer, err := ssh.ParsePrivateKey(key); err != nil {
+			bad("ssh", fmt.Sprintf("the host key %s: %v", filepath.Join(cfg.StateDir, hostKeyFile), err))
+		} else {
+			ok("ssh", "host key "+ssh.FingerprintSHA256(signer.PublicKey()))
+		}
 	}
 	dir := cfg.StateDir
 	for !fileExists(dir) {

@@ -54,7 +54,7 @@ func TestConfig(t *testing.T) {
 		"name: x\nname: y\n":                            {":2: mapping key \"name\" already defined", ""},
 		"- x\n":                                         {":1: ", ""},
 		"http_port: 70000\n":                            {": http_port: 70000 is no port", ""},
-		"bind_address: 0.0.0.0\n":                       {": bind_address: 0.0.0.0", ""},
+		"bind_address: everywhere\n":                    {": bind_address: \"everywhere\" is no IP address", ""},
 		"qemu: {image_aliases: {a: b}}\nlog_level: x\n": {": log_level: \"x\"", ""},
 	} {
 		write(text)
@@ -78,5 +78,22 @@ func TestConfig(t *testing.T) {
 	if cfg, err := loadConfig(file); err != nil || cfg.Name != "n" || cfg.HTTPPort != 1 || cfg.SSHPort != want.SSHPort ||
 		cfg.Auth.AuthorizedKeys[0] != "k" || cfg.QEMU.ImageAliases["a"] != "b" {
 		t.Errorf("%+v, %v", cfg, err)
+	}
+}
+
+// Who is asked for no key is on this machine, unless the configuration says otherwise.
+func TestHTTPAddress(t *testing.T) {
+	for _, c := range []struct {
+		bind     string
+		insecure bool
+		want     string
+	}{
+		{"127.0.0.1", false, "127.0.0.1"}, {"127.0.0.7", false, "127.0.0.7"}, {"::1", false, "::1"}, {"127.0.0.1", true, "127.0.0.1"},
+		{"0.0.0.0", false, "127.0.0.1"}, {"::", false, "127.0.0.1"}, {"192.168.1.7", false, "127.0.0.1"}, {"::ffff:10.0.0.1", false, "127.0.0.1"},
+		{"0.0.0.0", true, "0.0.0.0"}, {"192.168.1.7", true, "192.168.1.7"},
+	} {
+		if got := (config{BindAddress: c.bind, AllowInsecure: c.insecure}).httpAddress(); got != c.want {
+			t.Errorf("bind_address %s, allow_insecure_exposure %v: HTTP on %s, want %s", c.bind, c.insecure, got, c.want)
+		}
 	}
 }

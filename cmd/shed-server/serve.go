@@ -64,7 +64,7 @@ func serve(ctx context.Context, cfg config) (err error) {
 		return err
 	}
 	defer e.Close()
-	hostKey, err := sshd.LoadOrCreateHostKey(dir.Path("ssh_host_ed25519_key"))
+	hostKey, err := sshd.LoadOrCreateHostKey(dir.Path(hostKeyFile))
 	if err != nil {
 		return err
 	}
@@ -75,20 +75,29 @@ func serve(ctx context.Context, cfg config) (err error) {
 		}
 		log.Warn("nobody can log in by SSH: no key is authorized", "why", strings.Join(problems, "; "), "hint", authorizeHint)
 	}
-	sshServer := sshd.New(sshd.Config{Sheds: e, HostKey: hostKey, AuthorizedKeys: keys, Log: log})
+	sshServer := sshd.New(sshd.Config{
+		Sheds: e, HostKey: hostKey, AuthorizedKeys: keys, Log: log,
+		API: func(ctx context.Context) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", cfg.Socket)
+		},
+	})
 	info.SSH = listeners[2].Addr().String()
+	fingerprint := ssh.FingerprintSHA256(hostKey.PublicKey())
 	handler := api.NewServer(api.Config{
 		Sheds: e, Images: e, Info: info, Log: log,
-		HostKey: shed.HostKey{Key: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(hostKey.PublicKey()))), Fingerprint: ssh.FingerprintSHA256(hostKey.PublicKey())},
+		HostKey: shed.HostKey{Key: strings.TrimSpace(string(ssh.MarshalAuthorizedKey(hostKey.PublicKey()))), Fingerprint: fingerprint},
 	})
-	if cfg.AllowInsecure {
+	switch {
+	case cfg.httpAddress() != cfg.BindAddress:
+		log.Info("the HTTP API is on loopback only, where SSH is needed to get from elsewhere", "bind_address", cfg.BindAddress, "http", listeners[1].Addr())
+	case !net.ParseIP(cfg.BindAddress).IsLoopback():
 		log.Warn("the HTTP API is open to everybody who reaches this address", "address", listeners[1].Addr())
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return api.Serve(ctx, listeners[0], handler, log) })
 	g.Go(func() error { return api.Serve(ctx, listeners[1], handler, log) })
 	g.Go(func() error { return sshServer.Serve(ctx, listeners[2]) })
-	log.Info("serving", "socket", cfg.Socket, "http", listeners[1].Addr(), "ssh", listeners[2].Addr(),
+	log.Info("serving", "socket", cfg.Socket, "http", listeners[1].Addr(), "ssh", listeners[2].Addr(), "host_key", fingerprint,
 		"state", cfg.StateDir, "backend", info.Backend, "accel", info.Accel)
 	if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
@@ -96,6 +105,9 @@ func serve(ctx context.Context, cfg config) (err error) {
 	log.Info("ended; sheds run on")
 	return nil
 }
+
+// hostKeyFile is in the state directory.
+const hostKeyFile = "ssh_host_ed25519_key"
 
 func authorizedKeys(cfg config) sshd.AuthorizedKeys {
 	keys := sshd.AuthorizedKeys{Lines: cfg.Auth.AuthorizedKeys, Files: []string{expandHome("~/.ssh/authorized_keys")}}
@@ -123,10 +135,10 @@ func listen(cfg config) (listeners []net.Listener, err error) {
 	}
 	listeners = append(listeners, l)
 	for _, p := range []struct {
-		key  string
-		port int
-	}{{"http_port", cfg.HTTPPort}, {"ssh_port", cfg.SSHPort}} {
-		addr := net.JoinHostPort(cfg.BindAddress, fmt.Sprint(p.port))
+		key, address string
+		port         int
+	}{{"http_port", cfg.httpAddress(), cfg.HTTPPort}, {"ssh_port", cfg.BindAddress, cfg.SSHPort}} {
+		addr := net.JoinHostPort(p.address, fmt.Sprint(p.port))
 		l, err := net.Listen("tcp", addr)
 		if errors.Is(err, unix.EADDRINUSE) {
 			return listeners, shed.Errorf(shed.CodeConflict, "%s: something else listens on %s", p.key, addr).

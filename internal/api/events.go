@@ -14,8 +14,6 @@ import (
 
 const (
 	keepalive = 15 * time.Second
-	// writeTimeout is how long a client may take to read before it counts as gone.
-	writeTimeout = time.Minute
 	// maxPending bounds the events that wait for a slow client. It has room for
 	// what a build prints at a time.
 	maxPending = 4096
@@ -45,7 +43,6 @@ func (s *server) operation(w http.ResponseWriter, r *http.Request, status int, o
 	w.WriteHeader(http.StatusOK)
 	stream := &eventStream{w: w, ctl: http.NewResponseController(w), wake: make(chan struct{}, 1)}
 	stream.ctl.Flush()
-	defer stream.ctl.SetWriteDeadline(time.Time{}) // the connection may carry more requests
 	v, err := stream.run(ctx, cancel, op)
 	if err != nil {
 		s.logFailure(r, err)
@@ -168,7 +165,6 @@ func (s *eventStream) write(event string, v any) error {
 }
 
 func (s *eventStream) writeRaw(b []byte) error {
-	s.ctl.SetWriteDeadline(time.Now().Add(writeTimeout))
 	if _, err := s.w.Write(b); err != nil {
 		return err
 	}

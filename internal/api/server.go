@@ -10,7 +10,6 @@ import (
 	"mime"
 	"net"
 	"net/http"
-	"net/netip"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -21,8 +20,8 @@ import (
 )
 
 const (
-	maxBody         = 1 << 20 // bytes of a request
-	bodyTimeout     = 30 * time.Second
+	maxHeader       = 128 << 10 // bytes of a request, its URL included
+	maxBody         = 1 << 20   // bytes of a request
 	headerTimeout   = 10 * time.Second
 	idleTimeout     = 2 * time.Minute
 	shutdownTimeout = 10 * time.Second
@@ -30,7 +29,8 @@ const (
 
 type server struct {
 	Config
-	mux *http.ServeMux
+	mux      *http.ServeMux
+	refusals refusals
 }
 
 // Config is what a server serves.
@@ -63,6 +63,7 @@ func Serve(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logge
 		Handler:           handlers,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ReadHeaderTimeout: headerTimeout,
+		MaxHeaderBytes:    maxHeader,
 		IdleTimeout:       idleTimeout,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
@@ -151,7 +152,8 @@ func (s *server) routes() map[string]http.HandlerFunc {
 }
 
 func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
-	w := &responseWriter{ResponseWriter: rw}
+	w := newResponseWriter(rw, r)
+	defer w.end()
 	defer func() {
 		v := recover()
 		if v == nil {
@@ -168,7 +170,11 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}()
 
 	if err := checkCaller(r); err != nil {
-		s.failStatus(w, r, http.StatusForbidden, err)
+		s.refuse(w, r, err)
+		return
+	}
+	// Nothing would notice that a client goes away which owes a body that nobody reads.
+	if (r.Method == http.MethodGet || r.Method == http.MethodHead) && !s.noBody(w, r) {
 		return
 	}
 	if _, pattern := s.mux.Handler(r); pattern == "" {
@@ -176,54 +182,6 @@ func (s *server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.mux.ServeHTTP(w, r)
-}
-
-// responseWriter remembers whether an answer has begun.
-type responseWriter struct {
-	http.ResponseWriter
-	wrote bool
-}
-
-func (w *responseWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-func (w *responseWriter) WriteHeader(status int) {
-	w.wrote = true
-	w.ResponseWriter.WriteHeader(status)
-}
-
-func (w *responseWriter) Write(p []byte) (int, error) {
-	w.wrote = true
-	return w.ResponseWriter.Write(p)
-}
-
-// checkCaller keeps browsers out: a page may neither send requests here
-// nor, by pointing a name of its own at this address, read the answers.
-func checkCaller(r *http.Request) error {
-	if r.Header.Get("Origin") != "" {
-		return shed.Errorf(shed.CodeInvalid, "requests from web pages are refused")
-	}
-	switch r.Header.Get("Sec-Fetch-Site") {
-	case "", "none", "same-origin":
-	default:
-		return shed.Errorf(shed.CodeInvalid, "requests from web pages are refused")
-	}
-	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
-	if !ok {
-		return nil
-	}
-	host := r.Host
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	}
-	if strings.EqualFold(host, "localhost") {
-		return nil
-	}
-	ip, err := netip.ParseAddr(strings.Trim(host, "[]"))
-	if err == nil && (ip.IsLoopback() || ip.Unmap() == local.AddrPort().Addr().Unmap()) {
-		return nil
-	}
-	return shed.Errorf(shed.CodeInvalid, "requests for the host %q are refused", r.Host).
-		WithHint("use localhost or the server's address")
 }
 
 // noRoute answers what the mux has no route for. The mux knows which methods the path has.
@@ -310,11 +268,9 @@ func (s *server) noBody(w http.ResponseWriter, r *http.Request) bool {
 // readBody reads to the end of the body: only then does net/http watch the
 // connection, and cancel the request's context when the client goes away.
 func (s *server) readBody(w http.ResponseWriter, r *http.Request, read func(io.Reader) error) bool {
-	ctl := http.NewResponseController(w)
-	ctl.SetReadDeadline(time.Now().Add(bodyTimeout))
 	err := read(http.MaxBytesReader(w, r.Body, maxBody))
-	ctl.SetReadDeadline(time.Time{})
 	if err == nil {
+		http.NewResponseController(w).SetReadDeadline(time.Time{})
 		return true
 	}
 	var tooLarge *http.MaxBytesError

@@ -1,11 +1,13 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/charliek/shed"
@@ -14,7 +16,8 @@ import (
 
 const (
 	spliceBuffer = 128 << 10
-	// linger is how long a client may take to see the end of its command.
+	// linger is how long a client may take to see the end of its command, and a command to take what a client that is
+	// gone has sent.
 	linger = 10 * time.Second
 )
 
@@ -108,18 +111,22 @@ func join(client, conn net.Conn, early []byte) {
 // So a client whose stream ends is gone, and with it the command; when the
 // command's stream ends, the client still gets all of it.
 func splice(client, command net.Conn, early []byte) {
-	clientDone := make(chan struct{})
+	in := newBacklog(early)
+	taken, clientDone := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(taken)
+		in.writeTo(command)
+	}()
 	go func() {
 		defer close(clientDone)
-		defer command.Close()
-		_, err := command.Write(early)
-		if err == nil {
-			_, err = io.CopyBuffer(command, client, make([]byte, spliceBuffer))
+		in.readFrom(client)
+		select {
+		case <-taken:
+		case <-time.After(linger):
 		}
-		if err != nil {
-			// The command takes no more input; notice nevertheless when the client goes.
-			io.Copy(io.Discard, client)
-		}
+		command.Close()
+		client.Close()
+		<-taken
 	}()
 	_, err := io.CopyBuffer(client, command, make([]byte, spliceBuffer))
 	command.Close()
@@ -132,5 +139,68 @@ func splice(client, command net.Conn, early []byte) {
 		client.SetReadDeadline(time.Now().Add(linger))
 	}
 	<-clientDone
-	client.Close()
+}
+
+// maxBacklog has room for all that a client may send before it is acknowledged, and for frames around it.
+const maxBacklog = 2 * agent.StdinWindow
+
+// backlog is what a client has sent and the command has not taken yet. It is there for a command that takes nothing,
+// such as one in a machine that is frozen: who waits for such a command doesn't see the client go.
+type backlog struct {
+	mu      sync.Mutex
+	changed *sync.Cond
+	data    []byte
+	ended   bool // the client sends no more
+	refused bool // the command takes no more
+}
+
+func newBacklog(data []byte) *backlog {
+	b := &backlog{data: bytes.Clone(data)}
+	b.changed = sync.NewCond(&b.mu)
+	return b
+}
+
+// readFrom takes in what client sends until its stream ends.
+func (b *backlog) readFrom(client io.Reader) {
+	buf := make([]byte, spliceBuffer)
+	for {
+		n, err := client.Read(buf)
+		b.mu.Lock()
+		for !b.refused && len(b.data) > 0 && len(b.data)+n > maxBacklog {
+			b.changed.Wait()
+		}
+		if !b.refused {
+			b.data = append(b.data, buf[:n]...)
+		}
+		b.ended = b.ended || err != nil
+		b.changed.Broadcast()
+		b.mu.Unlock()
+		if err != nil {
+			return
+		}
+	}
+}
+
+// writeTo writes all to command, until the client has ended or the command takes no more.
+func (b *backlog) writeTo(command io.Writer) {
+	var data []byte
+	for {
+		b.mu.Lock()
+		for len(b.data) == 0 && !b.ended {
+			b.changed.Wait()
+		}
+		data, b.data = b.data, data[:0]
+		b.changed.Broadcast()
+		b.mu.Unlock()
+		if len(data) == 0 {
+			return
+		}
+		if _, err := command.Write(data); err != nil {
+			b.mu.Lock()
+			b.refused, b.data = true, nil
+			b.changed.Broadcast()
+			b.mu.Unlock()
+			return
+		}
+	}
 }

@@ -74,6 +74,9 @@ func (c *connection) serve(ctx context.Context, channels <-chan ssh.NewChannel, 
 			serve = c.directTCP
 		case "direct-streamlocal@openssh.com":
 			serve = c.directUnix
+			if c.conn.User() == APIUser {
+				serve = c.directAPI
+			}
 		default:
 			c.reject(nch, ssh.UnknownChannelType, "this server does not know the type of the channel")
 			continue
@@ -103,6 +106,10 @@ func (c *connection) session(ctx context.Context, nch ssh.NewChannel) {
 func (c *connection) checkName() error {
 	if shed.ValidateName(c.conn.User()) == nil {
 		return nil
+	}
+	if c.conn.User() == APIUser {
+		return shed.Errorf(shed.CodeInvalid, "the user %s has the HTTP API, at %s, and nothing else", APIUser, APISocket).
+			WithHint("the user name of a connection to a shed is the name of the shed")
 	}
 	return shed.Errorf(shed.CodeNotFound, "no shed named %.80q", c.conn.User()).
 		WithHint("the user name of the connection is the name of the shed; 'shed list' shows all of them")
@@ -172,6 +179,9 @@ const missing = 2
 // checkKey takes notice of what lines now say about the connection's key.
 func (c *connection) checkKey(lines []authorizedKey) {
 	r, _, err := authorize(lines, c.conn.User(), c.conn.RemoteAddr(), c.key)
+	if err == nil && c.conn.User() == APIUser {
+		err = r.mayUseAPI()
+	}
 	if err == nil {
 		c.refused = 0
 		c.rights.Store(&r)

@@ -30,10 +30,10 @@ type AuthorizedKeys struct {
 func (c AuthorizedKeys) Usable() (n int, problems []string) {
 	k := newKeyring(c, slog.New(slog.DiscardHandler))
 	for _, e := range k.current() {
-		if e.refused == "" {
-			n++
+		if err := e.usable(); err != nil {
+			problems = append(problems, fmt.Sprintf("%s: %v", e.where, err))
 		} else {
-			problems = append(problems, e.where+": "+e.refused)
+			n++
 		}
 	}
 	for _, f := range k.files {
@@ -49,8 +49,9 @@ const maxKeyFile = 1 << 20
 
 // keyring decides which keys may log in. It is safe for concurrent use.
 type keyring struct {
-	log   *slog.Logger
-	lines []authorizedKey
+	log       *slog.Logger
+	strangers *slog.Logger // for what clients cause
+	lines     []authorizedKey
 
 	mu    sync.Mutex
 	files []*keyFile
@@ -64,7 +65,7 @@ type keyFile struct {
 }
 
 func newKeyring(c AuthorizedKeys, log *slog.Logger) *keyring {
-	k := &keyring{log: log}
+	k := &keyring{log: log, strangers: log}
 	for i, line := range c.Lines {
 		k.lines = append(k.lines, k.parse(fmt.Sprintf("configured key %d", i+1), []byte(line))...)
 	}
@@ -79,7 +80,7 @@ func newKeyring(c AuthorizedKeys, log *slog.Logger) *keyring {
 func (k *keyring) authorize(user string, remote net.Addr, key ssh.PublicKey) (rights, error) {
 	r, refused, err := authorize(k.current(), user, remote, key)
 	for _, line := range refused {
-		k.log.Warn("SSH key refused", "key", ssh.FingerprintSHA256(key), "line", line.where,
+		k.strangers.Warn("SSH key refused", "key", ssh.FingerprintSHA256(key), "line", line.where,
 			"remote", remote.String(), "reason", line.refused)
 	}
 	return r, err

@@ -2,11 +2,15 @@ package sshd
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -39,56 +43,141 @@ func TestGate(t *testing.T) {
 	a, b, c := netip.MustParsePrefix("192.0.2.1/32"), netip.MustParsePrefix("192.0.2.2/32"), netip.MustParsePrefix("192.0.2.3/32")
 	synctest.Test(t, func(t *testing.T) {
 		g := gate{max: 3, maxPerSource: 2, burst: 10 * time.Second}
-		enter := func(src netip.Prefix, want string) {
+		var ended []string
+		enter := func(name string, src netip.Prefix) *attempt {
 			t.Helper()
-			if got := g.enter(src); got == "" != (want == "") || !strings.Contains(got, want) {
-				t.Errorf("%q, want %q", got, want)
+			at, refused := g.enter(src, func() { ended = append(ended, name) })
+			if at == nil || refused != 0 {
+				t.Fatalf("%s: refused %d", name, refused)
+			}
+			return at
+		}
+		refuse := func(src netip.Prefix, want int) {
+			t.Helper()
+			if at, refused := g.enter(src, nil); at != nil || refused != want {
+				t.Errorf("%v, refused %d, want %d", at, refused, want)
 			}
 		}
-		leave := func(src netip.Prefix, penalty time.Duration, want bool) {
+		leave := func(at *attempt, penalty time.Duration, want bool) {
 			t.Helper()
-			if got := g.leave(src, penalty); got != want {
+			if got := g.leave(at, penalty); got != want {
 				t.Errorf("barred: %v", got)
 			}
 		}
-		enter(a, "")
-		enter(a, "")
-		enter(a, "of this source are not")
-		enter(b, "")
-		enter(c, "too many connections are not")
-		leave(b, 0, false)
-		enter(c, "")
-		leave(c, 0, false)
-		leave(a, 6*time.Second, false)
-		leave(a, 6*time.Second, true)
-		enter(a, "have failed")
-		enter(b, "")
-		leave(b, 0, false)
+		expect := func(want ...string) {
+			t.Helper()
+			if !slices.Equal(ended, want) {
+				t.Errorf("ended %v, want %v", ended, want)
+			}
+			ended = nil
+		}
+		a1, a2 := enter("a1", a), enter("a2", a)
+		expect()
+		a3 := enter("a3", a) // one too many of the source
+		expect("a1")
+		b1 := enter("b1", b)
+		c1 := enter("c1", c) // one too many of all
+		expect("a2")
+		b2 := enter("b2", b)
+		expect("b1")
+		leave(a1, time.Hour, false) // costs nothing any more
+		leave(a2, time.Hour, false)
+		leave(b1, time.Hour, false)
+		leave(b2, 0, false)
+		leave(c1, 0, false)
+
+		a4 := enter("a4", a)
+		leave(a3, 6*time.Second, false)
+		leave(a4, 6*time.Second, true)
+		refuse(a, 1)
+		refuse(a, 0)
+		leave(enter("b3", b), 0, false)
 		time.Sleep(2 * time.Second)
-		enter(a, "")
-		leave(a, 0, false)
-		time.Sleep(11 * time.Second)
-		enter(a, "")
-		leave(a, 0, false)
-		if len(g.sources) != 0 || g.open != 0 {
-			t.Errorf("left: %v, %d", g.sources, g.open)
+		leave(enter("a5", a), reportInterval, true)
+		refuse(a, 0)
+		time.Sleep(reportInterval - 2*time.Second)
+		refuse(a, 3)
+		refuse(a, 0)
+		time.Sleep(13 * time.Second)
+		leave(enter("a6", a), 0, false)
+		expect()
+		if len(g.sources) != 0 || len(g.open) != 0 {
+			t.Errorf("left: %v, %v", g.sources, g.open)
 		}
 	})
 }
 
-// However many sources fail, what is remembered is bounded.
+// However many sources fail, what is remembered is bounded, and those that are barred are remembered longest.
 func TestManySources(t *testing.T) {
-	g := gate{max: 10, maxPerSource: 2, burst: time.Second}
-	for i := range maxSources + 1000 {
-		src := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 32)
-		if reason := g.enter(src); reason != "" {
-			t.Fatal(reason)
+	synctest.Test(t, func(t *testing.T) {
+		g := gate{max: 10, maxPerSource: 2, burst: time.Second}
+		fail := func(src netip.Prefix, penalty time.Duration) {
+			t.Helper()
+			at, _ := g.enter(src, nil)
+			if at == nil {
+				t.Fatal("refused")
+			}
+			g.leave(at, penalty)
 		}
-		g.leave(src, time.Hour)
-	}
-	if len(g.sources) > maxSources {
-		t.Errorf("%d sources", len(g.sources))
-	}
+		barred := netip.MustParsePrefix("192.0.2.1/32")
+		fail(barred, time.Hour)
+		pending, _ := g.enter(netip.MustParsePrefix("192.0.2.2/32"), nil)
+		most := 0
+		for i := range uint32(1_000_000) {
+			addr := [16]byte{0: 0x20, 1: 0x01, 2: 0x0d, 3: 0xb8}
+			binary.BigEndian.PutUint32(addr[4:], i)
+			fail(netip.PrefixFrom(netip.AddrFrom16(addr), 64), time.Second)
+			most = max(most, len(g.sources))
+		}
+		if most > maxSources || most < maxSources/2 {
+			t.Errorf("%d sources", most)
+		}
+		if at, _ := g.enter(barred, nil); at != nil {
+			t.Error("it has forgotten who is barred")
+		}
+		g.leave(pending, 0)
+		time.Sleep(time.Hour)
+		fail(netip.MustParsePrefix("192.0.2.3/32"), time.Second)
+		if len(g.sources) != 1 {
+			t.Errorf("%d sources are left", len(g.sources))
+		}
+	})
+}
+
+func TestLogBudget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b bytes.Buffer
+		log := slog.New(boundedHandler{
+			slog.NewTextHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug}), &logBudget{burst: 10, every: time.Second},
+		})
+		lines := func(n int) (written string) {
+			for i := range n {
+				log.With("i", i).WithGroup("g").Info("refused", "x", 1)
+			}
+			defer b.Reset()
+			return b.String()
+		}
+		if out := lines(1000); strings.Count(out, "\n") != 10 || !strings.Contains(out, "i=9 g.x=1\n") || strings.Contains(out, "suppressed") {
+			t.Errorf("%s", out)
+		}
+		log.Debug("asked for")
+		if !strings.Contains(b.String(), "asked for") {
+			t.Error("a line for debugging is suppressed")
+		}
+		b.Reset()
+		time.Sleep(2500 * time.Millisecond)
+		if out := lines(5); strings.Count(out, "\n") != 2 || !strings.Contains(out, "suppressed=990\n") || strings.Count(out, "suppressed") != 1 {
+			t.Errorf("%s", out)
+		}
+		time.Sleep(500 * time.Millisecond)
+		if out := lines(5); strings.Count(out, "\n") != 1 || !strings.Contains(out, "suppressed=3\n") {
+			t.Errorf("%s", out)
+		}
+		time.Sleep(time.Hour)
+		if out := lines(1000); strings.Count(out, "\n") != 10 {
+			t.Errorf("%s", out)
+		}
+	})
 }
 
 func TestBarred(t *testing.T) {

@@ -210,19 +210,29 @@ func matches(pattern, s string) bool {
 	return ok && err == nil
 }
 
+// usable returns why nobody can log in by the line now, or nil.
+func (e authorizedKey) usable() error {
+	switch {
+	case e.refused != "":
+		return errors.New(e.refused)
+	case !e.expires.IsZero() && !time.Now().Before(e.expires):
+		return fmt.Errorf("the key has expired, at %s", e.expires.Format(time.DateTime))
+	case !e.ca && e.principals != nil:
+		return errors.New("the option principals is for certificates: cert-authority is missing")
+	}
+	return nil
+}
+
 // grant returns what the line lets a key do, which it is for: for the user called
 // so, from remote, with cert if the line is for certificates. The error says why the key may not log in.
 func (e authorizedKey) grant(user string, remote net.Addr, cert *ssh.Certificate) (rights, error) {
-	switch {
-	case e.refused != "":
-		return rights{}, errors.New(e.refused)
-	case !e.from.contain(remote):
+	if err := e.usable(); err != nil {
+		return rights{}, err
+	}
+	if !e.from.contain(remote) {
 		return rights{}, errors.New("the key may not be used from this address")
-	case !e.expires.IsZero() && !time.Now().Before(e.expires):
-		return rights{}, fmt.Errorf("the key has expired, at %s", e.expires.Format(time.DateTime))
-	case !e.ca && e.principals != nil:
-		return rights{}, errors.New("the option principals is for certificates: cert-authority is missing")
-	case e.ca:
+	}
+	if e.ca {
 		return e.grantCertificate(user, remote, cert)
 	}
 	return e.rights, nil

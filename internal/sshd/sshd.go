@@ -1,5 +1,6 @@
 // Package sshd is the SSH server: the user name of a connection names a shed,
-// in which its sessions run commands and its forwarded connections begin or end.
+// in which its sessions run commands and its forwarded connections begin or end. One user name
+// is no shed's: APIUser, whose connections reach the HTTP API.
 //
 // Who may log in is decided by public keys alone, and before any shed is looked up: a
 // stranger can't learn which names exist.
@@ -12,7 +13,6 @@ import (
 	"log/slog"
 	"maps"
 	"net"
-	"net/netip"
 	"os"
 	"slices"
 	"sync"
@@ -29,16 +29,21 @@ type Config struct {
 	Sheds          shed.Sheds
 	HostKey        ssh.Signer
 	AuthorizedKeys AuthorizedKeys
-	Log            *slog.Logger // nil discards
+	// API connects to the HTTP API, which the user APIUser is given. The connection has a method
+	// CloseWrite. nil: there is none.
+	API func(ctx context.Context) (net.Conn, error)
+	Log *slog.Logger // nil discards
 }
 
 // Server is an SSH server.
 type Server struct {
-	sheds  shed.Sheds
-	log    *slog.Logger
-	keys   *keyring
-	gate   gate
-	config *ssh.ServerConfig
+	sheds     shed.Sheds
+	api       func(ctx context.Context) (net.Conn, error)
+	log       *slog.Logger
+	strangers *slog.Logger // for what clients cause that aren't logged in
+	keys      *keyring
+	gate      gate
+	config    *ssh.ServerConfig
 
 	handshakeTimeout time.Duration // from connect to the end of authentication
 	maxChannels      int           // of one connection
@@ -75,7 +80,9 @@ func New(c Config) *Server {
 	}
 	s := &Server{
 		sheds:            c.Sheds,
+		api:              c.API,
 		log:              log,
+		strangers:        bounded(log),
 		keys:             newKeyring(c.AuthorizedKeys, log),
 		gate:             gate{max: 100, maxPerSource: 50, burst: 30 * time.Second},
 		handshakeTimeout: 30 * time.Second,
@@ -85,6 +92,7 @@ func New(c Config) *Server {
 		keyCheck:         time.Second,
 		conns:            map[*connection]struct{}{},
 	}
+	s.keys.strangers = s.strangers
 	s.config = &ssh.ServerConfig{
 		ServerVersion: "SSH-2.0-shed",
 		MaxAuthTries:  maxAuthTries,
@@ -136,14 +144,18 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			return fmt.Errorf("accept SSH connections on %s: %w", l.Addr(), err)
 		}
 		src := sourceOf(conn.RemoteAddr())
-		if reason := s.gate.enter(src); reason != "" {
-			s.log.Info("SSH connection dropped", "remote", conn.RemoteAddr().String(), "reason", reason)
+		a, refused := s.gate.enter(src, func() { conn.Close() })
+		if refused > 0 {
+			s.strangers.Info("SSH connections dropped: too many logins of this source have failed",
+				"source", src.String(), "remote", conn.RemoteAddr().String(), "connections", refused)
+		}
+		if a == nil {
 			conn.SetWriteDeadline(time.Now().Add(time.Second))
 			conn.Write([]byte("Not allowed at this time\r\n"))
 			conn.Close()
 			continue
 		}
-		conns.Go(func() { s.serveConn(ctx, conn, src) })
+		conns.Go(func() { s.serveConn(ctx, conn, a) })
 	}
 }
 
@@ -158,8 +170,8 @@ func isTemporary(err error) bool {
 	return false
 }
 
-// serveConn serves nc, which has passed the gate, to its end.
-func (s *Server) serveConn(ctx context.Context, nc net.Conn, src netip.Prefix) {
+// serveConn serves nc, which has passed the gate as a, to its end.
+func (s *Server) serveConn(ctx context.Context, nc net.Conn, a *attempt) {
 	defer nc.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -167,20 +179,23 @@ func (s *Server) serveConn(ctx context.Context, nc net.Conn, src netip.Prefix) {
 
 	log := s.log.With("remote", nc.RemoteAddr().String())
 	heard := &timedConn{Conn: nc}
-	conn, channels, requests, err := s.handshake(heard)
+	client := newClientConn(heard)
+	defer client.drain()
+	conn, channels, requests, err := s.handshake(heard, client)
 	penalty := penaltyOf(err)
 	if ctx.Err() != nil {
 		penalty = 0
 	}
-	if s.gate.leave(src, penalty) {
-		log.Warn("too many SSH logins of this source have failed; it is barred for a while", "source", src.String())
+	stranger := s.strangers.With("remote", nc.RemoteAddr().String())
+	if s.gate.leave(a, penalty) {
+		stranger.Warn("too many SSH logins of this source have failed; it is barred for a while", "source", a.src.String())
 	}
 	if err != nil {
 		level := slog.LevelDebug // port scanners, health checks
 		if penalty == penaltyLogin {
 			level = slog.LevelInfo
 		}
-		log.Log(ctx, level, "SSH login failed", "err", fmt.Sprintf("%.1000s", err.Error()))
+		stranger.Log(ctx, level, "SSH login failed", "err", fmt.Sprintf("%.1000s", err.Error()))
 		return
 	}
 
@@ -189,7 +204,7 @@ func (s *Server) serveConn(ctx context.Context, nc net.Conn, src netip.Prefix) {
 	log.Info("SSH login", "key", ssh.FingerprintSHA256(granted.key))
 	defer log.Info("SSH connection ended")
 
-	c := &connection{s: s, conn: conn, heard: heard, key: granted.key, log: log, listeners: map[string]net.Conn{}}
+	c := &connection{s: s, conn: conn, heard: heard, key: granted.key, log: bounded(log), listeners: map[string]net.Conn{}}
 	c.rights.Store(&granted.rights)
 	s.mu.Lock()
 	s.conns[c] = struct{}{}
@@ -202,8 +217,8 @@ func (s *Server) serveConn(ctx context.Context, nc net.Conn, src netip.Prefix) {
 	c.serve(ctx, channels, requests)
 }
 
-// handshake does all until the client is logged in, or isn't.
-func (s *Server) handshake(nc *timedConn) (*ssh.ServerConn, <-chan ssh.NewChannel, <-chan *ssh.Request, error) {
+// handshake does all until the client is logged in, or isn't. client is on top of nc.
+func (s *Server) handshake(nc *timedConn, client *clientConn) (*ssh.ServerConn, <-chan ssh.NewChannel, <-chan *ssh.Request, error) {
 	if tcp, ok := nc.Conn.(*net.TCPConn); ok {
 		if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{
 			Enable: true, Idle: s.keepAlive, Interval: s.keepAlive, Count: maxMissed,
@@ -213,7 +228,9 @@ func (s *Server) handshake(nc *timedConn) (*ssh.ServerConn, <-chan ssh.NewChanne
 	}
 	nc.SetDeadline(time.Now().Add(s.handshakeTimeout))
 	defer nc.SetDeadline(time.Time{})
-	return ssh.NewServerConn(nc, s.config)
+	config := *s.config
+	config.PreAuthConnCallback = client.begin
+	return ssh.NewServerConn(client, &config)
 }
 
 // penaltyOf returns what a handshake costs that ended with err.
