@@ -79,6 +79,13 @@ func TestImports(t *testing.T) {
 // TestModules holds packages to the modules that they may need, directly or not.
 func TestModules(t *testing.T) {
 	yamux := []string{"github.com/libp2p/go-yamux/v5", "github.com/libp2p/go-buffer-pool"}
+	terminal := []string{ // github.com/charmbracelet/x/vt, and what that needs
+		"github.com/charmbracelet/colorprofile", "github.com/charmbracelet/ultraviolet", "github.com/charmbracelet/x/ansi",
+		"github.com/charmbracelet/x/exp/ordered", "github.com/charmbracelet/x/term", "github.com/charmbracelet/x/termios",
+		"github.com/charmbracelet/x/vt", "github.com/charmbracelet/x/windows", "github.com/clipperhouse/displaywidth",
+		"github.com/clipperhouse/uax29/v2", "github.com/lucasb-eyer/go-colorful", "github.com/mattn/go-runewidth",
+		"github.com/muesli/cancelreader", "github.com/rivo/uniseg", "github.com/xo/terminfo", "golang.org/x/sync",
+	}
 	for pkg, rule := range map[string]struct {
 		modules []string
 		why     string
@@ -87,7 +94,9 @@ func TestModules(t *testing.T) {
 		"internal/vm":    {nil, "it is plain data, and builds on every system"},
 		"internal/agent": {yamux, "it is in every initramfs and in the CLI"},
 		"cmd/shed-agent": {
-			append([]string{"github.com/creack/pty", "golang.org/x/sys", "github.com/pkg/sftp", "github.com/kr/fs", "golang.org/x/crypto"}, yamux...),
+			slices.Concat(yamux, terminal, []string{
+				"github.com/creack/pty", "golang.org/x/sys", "github.com/pkg/sftp", "github.com/kr/fs", "golang.org/x/crypto",
+			}),
 			"it is in every initramfs",
 		},
 	} {

@@ -28,12 +28,14 @@ func (e *Engine) Exec(ctx context.Context, name string, cmd shed.Command) (net.C
 	if err := cmd.Validate(); err != nil {
 		return nil, err
 	}
+	start := true
 	if cmd.Attach != nil {
+		start = cmd.Attach.Mode != shed.AttachJoin
 		if err := e.checkAttach(ctx, name, *cmd.Attach); err != nil {
 			return nil, err
 		}
 	}
-	rec, conn, err := e.open(ctx, name)
+	rec, conn, err := e.open(ctx, name, start)
 	if err != nil {
 		return nil, err
 	}
@@ -43,10 +45,10 @@ func (e *Engine) Exec(ctx context.Context, name string, cmd shed.Command) (net.C
 	return conn, nil
 }
 
-// open returns a stream to the agent of a shed, which it starts if it is stopped.
-func (e *Engine) open(ctx context.Context, name string) (state.Record, net.Conn, error) {
+// open returns a stream to the agent of a shed. With start it starts one that is stopped; without, that is CodeConflict.
+func (e *Engine) open(ctx context.Context, name string, start bool) (state.Record, net.Conn, error) {
 	for tries := 0; ; tries++ {
-		rec, client, err := e.running(ctx, name)
+		rec, client, err := e.running(ctx, name, start)
 		if err != nil {
 			return rec, nil, err
 		}
@@ -59,8 +61,8 @@ func (e *Engine) open(ctx context.Context, name string) (state.Record, net.Conn,
 	}
 }
 
-// running returns the keeper of a shed, which it starts if it is stopped.
-func (e *Engine) running(ctx context.Context, name string) (state.Record, *keeper.Client, error) {
+// running returns the keeper of a shed. See open for start.
+func (e *Engine) running(ctx context.Context, name string, start bool) (state.Record, *keeper.Client, error) {
 	var none state.Record
 	e.mu.Lock()
 	en, ok := e.sheds[name]
@@ -74,11 +76,16 @@ func (e *Engine) running(ctx context.Context, name string) (state.Record, *keepe
 		return none, nil, err
 	}
 	defer en.release()
-	if err := e.start(ctx, en, nil); err != nil {
-		return none, nil, err
+	if start {
+		if err := e.start(ctx, en, nil); err != nil {
+			return none, nil, err
+		}
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if en.keeper == nil && !start {
+		return none, nil, shed.Errorf(shed.CodeConflict, "shed %q is %s", name, en.status)
+	}
 	if en.keeper == nil {
 		return none, nil, shed.Errorf(shed.CodeConflict, "shed %q has stopped: %s", name, en.reason)
 	}

@@ -24,13 +24,13 @@ func (e *Engine) request(ctx context.Context, name string, at shed.Endpoint, req
 	if err := at.Validate(); err != nil {
 		return nil, err
 	}
-	return e.call(ctx, name, req, shed.CodeConnect)
+	return e.call(ctx, name, true, req, shed.CodeConnect)
 }
 
-// call makes a request of the agent of a running shed, and returns the stream once it is granted. What the
-// agent refuses has the code refused.
-func (e *Engine) call(ctx context.Context, name string, req agent.Request, refused shed.Code) (net.Conn, error) {
-	_, conn, err := e.open(ctx, name)
+// call makes a request of a shed's agent, and returns the stream once it is granted. What the
+// agent refuses has the code refused. See open for start.
+func (e *Engine) call(ctx context.Context, name string, start bool, req agent.Request, refused shed.Code) (net.Conn, error) {
+	_, conn, err := e.open(ctx, name, start)
 	if err != nil {
 		return nil, err
 	}

@@ -14,7 +14,7 @@ import (
 )
 
 // sessionsTimeout is how long all sheds together are waited for: one may be frozen.
-const sessionsTimeout = 5 * time.Second
+const sessionsTimeout = 2 * time.Second
 
 func (e *Engine) Sessions(ctx context.Context, name string) ([]shed.Session, error) {
 	sh, err := e.Get(ctx, name)
@@ -24,7 +24,10 @@ func (e *Engine) Sessions(ctx context.Context, name string) ([]shed.Session, err
 	if sh.Status != shed.StatusRunning {
 		return nil, nil
 	}
-	conn, err := e.call(ctx, name, agent.Request{Sessions: &agent.Sessions{}}, shed.CodeInternal)
+	conn, err := e.call(ctx, name, false, agent.Request{Sessions: &agent.Sessions{}}, shed.CodeInternal)
+	if shed.ErrorCode(err) == shed.CodeConflict { // it has just stopped
+		return nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -73,7 +76,7 @@ func (e *Engine) KillSession(ctx context.Context, name, session string) error {
 	if err := e.hasSession(ctx, name, session); err != nil {
 		return err
 	}
-	conn, err := e.call(ctx, name, agent.Request{KillSession: &agent.KillSession{Name: session}}, shed.CodeInternal)
+	conn, err := e.call(ctx, name, false, agent.Request{KillSession: &agent.KillSession{Name: session}}, shed.CodeInternal)
 	if err != nil {
 		return err
 	}

@@ -20,6 +20,7 @@ import (
 const (
 	agentCgroup = "/sys/fs/cgroup/shed.agent"
 	userCgroup  = "/sys/fs/cgroup/shed.user"
+	keptDir     = "/run/shed"
 
 	// How long a device may take to appear, and how often to look.
 	deviceTimeout = 20 * time.Second
@@ -31,6 +32,7 @@ type machine struct {
 	ready   *os.File // written to when the root file system is there; closed when an init may start
 	entered *os.File // has a byte when disks can be mounted, and is at EOF when PID 1 has switched to it
 	cgroup  string   // that commands run in; "" means the agent's own
+	kept    string   // directory of the sessions that need no tmux
 
 	mu      sync.Mutex
 	setup   *agent.Setup    // nil before the first
@@ -66,6 +68,7 @@ func runAgent() error {
 		ready:   os.NewFile(3, "ready"),
 		entered: os.NewFile(4, "entered"),
 		cgroup:  userCgroup,
+		kept:    keptDir,
 	}
 	go m.endUserAtShutdown()
 	p, err := agent.OpenPort("shed", deviceTimeout)
@@ -97,6 +100,9 @@ func (m *machine) handle(s *agent.Stream) {
 	case req.Listen != nil:
 		m.listen(s, *req.Listen)
 		return
+	case req.Sessions != nil:
+		m.listSessions(s)
+		return
 	}
 	var err error
 	switch {
@@ -106,6 +112,8 @@ func (m *machine) handle(s *agent.Stream) {
 		err = setClock(*req.Clock)
 	case req.PowerOff != nil:
 		err = m.powerOff()
+	case req.KillSession != nil:
+		err = m.killSession(req.KillSession.Name)
 	default:
 		err = errors.New("the agent doesn't know this request: it may be older than the server")
 	}

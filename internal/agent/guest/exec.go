@@ -73,18 +73,9 @@ func (m *machine) start(frames *agent.FrameWriter, c shed.Command) (p *running, 
 		}
 		return nil, exitNotFound, err
 	}
-	if m.cgroup != "" {
-		cgroup, err := os.Open(m.cgroup)
-		if err != nil {
-			return nil, exitNotExecutable, err
-		}
-		defer cgroup.Close()
-		cmd.SysProcAttr.UseCgroupFD = true
-		cmd.SysProcAttr.CgroupFD = int(cgroup.Fd())
-	}
 	m.awaitNetwork()
-	p = &running{cmd: cmd, frames: frames, ended: make(chan struct{})}
-	err = startCommand(func() error {
+	p = &running{cmd: cmd, frames: frames, ended: make(chan struct{}), attached: c.Attach != nil}
+	err = m.startInCgroup(cmd, func() error {
 		if c.TTY != nil {
 			return p.startTTY(c.TTY.Size)
 		}
@@ -106,6 +97,20 @@ func (m *machine) start(frames *agent.FrameWriter, c shed.Command) (p *running, 
 // oomFile says how gladly the kernel ends this process when memory runs out. For the agent it
 // is never: without it nobody gets at the shed any more.
 const oomFile = "/proc/self/oom_score_adj"
+
+// startInCgroup calls start, which starts cmd, as what the host asked for is started.
+func (m *machine) startInCgroup(cmd *exec.Cmd, start func() error) error {
+	if m.cgroup != "" {
+		cgroup, err := os.Open(m.cgroup)
+		if err != nil {
+			return err
+		}
+		defer cgroup.Close()
+		cmd.SysProcAttr.UseCgroupFD = true
+		cmd.SysProcAttr.CgroupFD = int(cgroup.Fd())
+	}
+	return startCommand(start)
+}
 
 var startMu sync.Mutex
 
@@ -170,8 +175,7 @@ func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
 	if c.Subsystem != "" {
 		cmd.Path, cmd.Args, cmd.Env = selfExe, []string{sftpName}, base.with(own...)
 	} else if isProgram {
-		env := m.envs.get(a, base)
-		env = env.with("PATH=" + mergePath(env.get("PATH"), environ(setup.Image.Env).get("PATH"))).with(own...)
+		env := m.loginEnv(a, base, setup.Image).with(own...)
 		cmd.Env = env
 		cmd.Args = c.Args
 		cmd.Path, err = lookPath(c.Args[0], env.get("PATH"), cmd.Dir)
@@ -183,6 +187,14 @@ func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
 		if cmd.Path, ok = a.loginShell(); !ok {
 			return nil, fmt.Errorf("the image has no shell; to run a program of it: shed exec %s -- PROGRAM", setup.Hostname)
 		}
+		if c.Attach != nil {
+			u := m.sessionUser(a, m.loginEnv(a, base, setup.Image).with("SHELL="+cmd.Path).with(own...))
+			if err := u.attach(cmd, *c.Attach); err != nil {
+				return nil, err
+			}
+			cmd.Env = environ(cmd.Env).with("PWD=" + cmd.Dir)
+			return cmd, nil
+		}
 		cmd.Env = base.with("SHELL=" + cmd.Path).with(own...)
 		// A leading dash makes any shell a login shell.
 		cmd.Args = []string{"-" + filepath.Base(cmd.Path)}
@@ -192,6 +204,12 @@ func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
 	}
 	cmd.Env = environ(cmd.Env).with("PWD=" + cmd.Dir)
 	return cmd, nil
+}
+
+// loginEnv returns the environment of programs that a runs: that of its login shell, with the image's PATH.
+func (m *machine) loginEnv(a *account, base environ, img agent.Image) environ {
+	env := m.envs.get(a, base)
+	return env.with("PATH=" + mergePath(env.get("PATH"), environ(img.Env).get("PATH")))
 }
 
 // commandUser returns whom a command runs as that asks for user, and their environment before any

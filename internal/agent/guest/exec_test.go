@@ -27,7 +27,7 @@ import (
 // TestMain makes the tests independent of what whoever runs them ignores, as nohup(1) does
 // with SIGHUP: the agent's commands inherit only what is ignored.
 func TestMain(m *testing.M) {
-	if os.Args[0] == sftpName { // the agent starts itself
+	if os.Args[0] == sftpName || os.Args[0] == sessionName { // the agent starts itself
 		Main()
 	}
 	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGTERM, unix.SIGPIPE)
@@ -52,9 +52,10 @@ func shedWith(t *testing.T, setup agent.Setup) *agent.Client {
 		t.Fatal(err)
 	}
 	guest := os.NewFile(uintptr(fds[1]), "guest")
+	kept := t.TempDir()
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		m := &machine{setup: &setup}
+		m := &machine{setup: &setup, kept: kept}
 		if err := agent.ServePort(guest, m.handle); !errors.Is(err, os.ErrClosed) && !errors.Is(err, unix.ECONNRESET) {
 			t.Errorf("ServePort: %v", err)
 		}

@@ -1,6 +1,6 @@
 //go:build linux
 
-// Package guest is the agent: the first program in every VM. It runs in four
+// Package guest is the agent: the first program in every VM. It runs in five
 // roles, told apart by how it is called.
 //
 // As init, PID 1 of the initramfs, it makes what programs expect of a
@@ -12,6 +12,8 @@
 // what it says in https://systemd.io/ROOT_STORAGE_DAEMONS: not to be killed at shutdown.
 //
 // As sftp server ("shed-sftp") it serves files to one client, with the rights of a user.
+//
+// As session ("shed-session") it keeps a named terminal where the image has no tmux, or shows one.
 //
 // As shutdown it is what systemd-shutdown runs last, from /run/initramfs (see
 // systemd's bootup(7)): it unmounts what only now can be unmounted.
@@ -38,6 +40,8 @@ func Main() {
 		err = runAgent()
 	case os.Args[0] == sftpName:
 		err = runSFTP()
+	case os.Args[0] == sessionName:
+		err = runSession(os.Args[1:])
 	case filepath.Base(os.Args[0]) == "shutdown":
 		err = runShutdown(os.Args[1:])
 	case os.Getpid() == 1:

@@ -97,7 +97,7 @@ func (m *machine) enterRoot(s agent.Setup) error {
 	defer own.Close()
 	moved := make(chan error, 1)
 	go func() { moved <- moveModules() }()
-	if err := errors.Join(writeIdentity(s), keepTmp(), <-moved); err != nil {
+	if err := errors.Join(writeIdentity(s), keepTmp(), maskUnits(), <-moved); err != nil {
 		return err
 	}
 	root, err := unix.Open(sysroot, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -207,21 +207,29 @@ func prepareOnce(own *os.Root, s agent.Setup) error {
 	return f.Close()
 }
 
-// keepTmp keeps systemd from emptying /tmp and from mounting another file system there: when it
+// keepTmp keeps systemd from emptying /tmp: when it
 // comes to that, commands use it already. /run is the one that the new root gets.
 func keepTmp() error {
 	if err := os.MkdirAll("/run/tmpfiles.d", 0o755); err != nil {
 		return err
 	}
-	if err := os.WriteFile("/run/tmpfiles.d/tmp.conf", []byte("d /tmp 1777 root root\nd /var/tmp 1777 root root\n"), 0o644); err != nil {
-		return err
-	}
+	return os.WriteFile("/run/tmpfiles.d/tmp.conf", []byte("d /tmp 1777 root root\nd /var/tmp 1777 root root\n"), 0o644)
+}
+
+// maskUnits has systemd leave out the file system of its own for /tmp, and logins on the console, which nobody can
+// type on: where no udev tells of the console, the boot would wait for it.
+func maskUnits() error {
 	// Not in /run/systemd/system: programs take that for the sign that systemd runs.
 	const units = "/run/systemd/system.control"
 	if err := os.MkdirAll(units, 0o755); err != nil {
 		return err
 	}
-	return os.Symlink(os.DevNull, units+"/tmp.mount")
+	for _, unit := range []string{"tmp.mount", "serial-getty@ttyS0.service", "serial-getty@ttyAMA0.service", "serial-getty@hvc0.service"} {
+		if err := os.Symlink(os.DevNull, filepath.Join(units, unit)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // moveModules puts the kernel's modules where programs look for them.

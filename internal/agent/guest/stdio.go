@@ -27,6 +27,8 @@ type running struct {
 	ended  chan struct{} // closed when cmd has ended
 	tty    *os.File      // nil without one
 
+	attached bool // the command shows a session
+
 	stdin   *os.File
 	queue   *stdinQueue
 	outputs []*output
@@ -42,29 +44,49 @@ type output struct {
 }
 
 func (p *running) startTTY(size shed.Size) error {
-	f, err := pty.StartWithAttrs(p.cmd, &pty.Winsize{Rows: size.Rows, Cols: size.Cols},
-		withTTY(p.cmd.SysProcAttr))
+	f, err := startOnTTY(p.cmd, size)
 	if err != nil {
 		return err
 	}
 	p.tty, p.stdin = f, f
-	// Starting it made the terminal blocking, which would keep deadlines from working.
-	p.controlTTY(func(fd int) { unix.SetNonblock(fd, true) })
 	p.carry(f, agent.FrameStdout)
 	p.feed()
 	return nil
 }
 
+// startOnTTY starts cmd on a new terminal and returns the terminal's other end.
+func startOnTTY(cmd *exec.Cmd, size shed.Size) (*os.File, error) {
+	cmd.SysProcAttr.Setsid, cmd.SysProcAttr.Setctty = true, true
+	f, err := pty.StartWithAttrs(cmd, &pty.Winsize{Rows: size.Rows, Cols: size.Cols}, cmd.SysProcAttr)
+	if err != nil {
+		return nil, err
+	}
+	// Starting it made the terminal blocking, which would keep deadlines from working.
+	controlTTY(f, func(fd int) { unix.SetNonblock(fd, true) })
+	return f, nil
+}
+
 // controlTTY calls f with the terminal's descriptor, without making that blocking as os.File.Fd does.
-func (p *running) controlTTY(f func(fd int)) {
-	if raw, err := p.tty.SyscallConn(); err == nil {
+func controlTTY(tty *os.File, f func(fd int)) {
+	if raw, err := tty.SyscallConn(); err == nil {
 		raw.Control(func(fd uintptr) { f(int(fd)) })
 	}
 }
 
-func withTTY(attr *syscall.SysProcAttr) *syscall.SysProcAttr {
-	attr.Setsid, attr.Setctty = true, true
-	return attr
+// resizeTTY changes the size of a terminal, of which its programs are told.
+func resizeTTY(tty *os.File, size shed.Size) {
+	controlTTY(tty, func(fd int) {
+		unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: size.Rows, Col: size.Cols})
+	})
+}
+
+// foreground returns the process group that has a terminal.
+func foreground(tty *os.File) (pgid int, ok bool) {
+	controlTTY(tty, func(fd int) {
+		fg, err := unix.IoctlGetInt(fd, unix.TIOCGPGRP)
+		pgid, ok = fg, err == nil && fg > 0
+	})
+	return pgid, ok
 }
 
 func (p *running) startPipes() error {
@@ -116,7 +138,7 @@ func (p *running) carry(f *os.File, t agent.FrameType) {
 				}
 			}
 			if errors.Is(err, os.ErrDeadlineExceeded) {
-				o.done <- p.rest(f, t, buf)
+				o.done <- rest(f, buf, func(b []byte) error { return p.frames.Write(t, b) })
 				return
 			}
 			if err != nil { // EOF, or EIO where a terminal has no more users
@@ -127,9 +149,9 @@ func (p *running) carry(f *os.File, t agent.FrameType) {
 	}()
 }
 
-// rest sends what is in f now: no more than it holds, as a process in the background may
+// rest calls write with what is in f now: no more than it holds, as a process in the background may
 // write without end. What that writes later is nobody's.
-func (p *running) rest(f *os.File, t agent.FrameType, buf []byte) error {
+func rest(f *os.File, buf []byte, write func([]byte) error) error {
 	f.SetReadDeadline(time.Time{})
 	raw, err := f.SyscallConn()
 	if err != nil {
@@ -144,7 +166,7 @@ func (p *running) rest(f *os.File, t agent.FrameType, buf []byte) error {
 		}); err != nil || rerr != nil || n <= 0 {
 			return nil
 		}
-		if err := p.frames.Write(t, buf[:n]); err != nil {
+		if err := write(buf[:n]); err != nil {
 			return err
 		}
 		left -= n
@@ -186,9 +208,10 @@ func (p *running) feed() {
 			p.queue.taken() // before the client may send more
 			p.frames.Write(agent.FrameStdinAck, binary.BigEndian.AppendUint32(nil, uint32(len(b))))
 		}
-		if p.tty == nil {
+		switch {
+		case p.tty == nil:
 			p.stdin.Close()
-		} else {
+		case !p.attached: // else it would be for what runs in the session
 			p.tty.Write([]byte{4}) // EOT, by which a terminal ends its input
 		}
 	}()
@@ -213,9 +236,7 @@ func (p *running) input(r io.Reader) error {
 		case agent.FrameResize:
 			var size shed.Size
 			if err := json.Unmarshal(b, &size); err == nil && p.tty != nil {
-				p.controlTTY(func(fd int) {
-					unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: size.Rows, Col: size.Cols})
-				})
+				resizeTTY(p.tty, size)
 			}
 		case agent.FrameSignal:
 			if sig := unix.SignalNum("SIG" + string(b)); sig != 0 {
@@ -235,11 +256,9 @@ func (p *running) signal(sig syscall.Signal) {
 	}
 	pgid := p.cmd.Process.Pid
 	if p.tty != nil {
-		p.controlTTY(func(fd int) {
-			if fg, err := unix.IoctlGetInt(fd, unix.TIOCGPGRP); err == nil && fg > 0 {
-				pgid = fg
-			}
-		})
+		if fg, ok := foreground(p.tty); ok {
+			pgid = fg
+		}
 	}
 	unix.Kill(-pgid, sig)
 }
