@@ -8,15 +8,18 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
+	"time"
 	"unicode"
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/api"
+	"github.com/charliek/shed/internal/client"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 )
 
-// cli is what the commands share: streams, global flags, the connection.
+// cli is what the commands share: streams, global flags, the servers.
 type cli struct {
 	in       io.Reader
 	out, err io.Writer
@@ -27,10 +30,12 @@ type cli struct {
 	verbose    int
 	noColor    bool
 
-	config  *config // once loaded
-	clients []*api.Client
-	began   bool // the command line was right
-	failure int  // exit code for every failure, if not 0
+	known   *client.Servers // once loaded
+	quiet   bool            // asks for no passphrase
+	began   bool            // the command line was right
+	failure int             // exit code for every failure, if not 0
+
+	messages sync.Mutex // of stderr
 }
 
 // action adapts f to cobra. What fails before it runs is wrong usage.
@@ -53,44 +58,96 @@ func (c *cli) withServer(f func(ctx context.Context, client *api.Client, args []
 }
 
 func (c *cli) close() {
-	for _, client := range c.clients {
-		client.Close()
+	if c.known == nil {
+		return
+	}
+	if err := c.known.Close(); err != nil {
+		c.message("shed: what servers answered is not remembered: %v", err)
 	}
 }
 
-// connect returns a client of the server called name, or of the default one if it is "".
-func (c *cli) connect(name string) (*api.Client, error) {
-	if c.config == nil {
-		cfg, err := loadConfig(c.configFile)
+// servers returns the configured servers.
+func (c *cli) servers() (*client.Servers, error) {
+	if c.known == nil {
+		cfg, err := client.LoadConfig(c.configFile)
 		if err != nil {
 			return nil, err
 		}
-		c.config = cfg
+		c.known = client.NewServers(cfg, c.clientOptions())
+	}
+	return c.known, nil
+}
+
+func (c *cli) clientOptions() client.Options {
+	var opts client.Options
+	if c.verbose > 0 {
+		opts.Note = func(line string) { c.message("%s", line) }
+	}
+	if _, tty := terminal(c.err); tty && !c.quiet {
+		opts.Ask = c.askPassphrase
+	}
+	return opts
+}
+
+// connect returns a client of the server called name, or, if that is "", of the one that --server names,
+// or of the default one.
+func (c *cli) connect(name string) (*api.Client, error) {
+	_, client, err := c.connectNamed(name)
+	return client, err
+}
+
+func (c *cli) connectNamed(name string) (server string, _ *api.Client, err error) {
+	servers, err := c.servers()
+	if err != nil {
+		return "", nil, err
 	}
 	if name == "" {
 		name = c.server
 	}
-	socket, label, err := c.config.socket(name)
-	if err != nil {
-		return nil, err
+	if name == "" {
+		if name, err = servers.Config.Default(); err != nil {
+			return "", nil, err
+		}
 	}
-	client := api.NewUnixClient(socket, label)
-	if c.verbose > 0 {
-		c.message("using %s", label)
-		client.Trace = func(line string) { c.message("%s", line) }
-	}
-	c.clients = append(c.clients, client)
-	return client, nil
+	client, err := servers.Client(name)
+	return name, client, err
 }
 
 // target is a shed to do something to.
 type target struct {
 	client *api.Client
+	server string // its name
 	name   string
 }
 
-// resolve returns the shed that ref means: NAME or SERVER/NAME.
-func (c *cli) resolve(_ context.Context, ref string) (target, error) { return c.place(ref) }
+// resolve returns the shed that ref means: NAME, which is looked up on all servers unless
+// --server names one, or SERVER/NAME.
+func (c *cli) resolve(ctx context.Context, ref string) (target, error) {
+	servers, err := c.servers()
+	if err != nil {
+		return target{}, err
+	}
+	return c.resolveBy(ctx, ref, servers.Lookup)
+}
+
+// resolveBy is resolve with a lookup that is begun if it is needed.
+func (c *cli) resolveBy(ctx context.Context, ref string, lookup func() *client.Lookup) (target, error) {
+	servers, err := c.servers()
+	if err != nil {
+		return target{}, err
+	}
+	if strings.Contains(ref, "/") || c.server != "" || len(servers.Config.Names()) == 1 {
+		return c.place(ref)
+	}
+	if err := shed.ValidateName(ref); err != nil {
+		return target{}, err
+	}
+	server, err := lookup().Find(ctx, ref)
+	if err != nil {
+		return target{}, err
+	}
+	return c.place(server + "/" + ref)
+}
 
 // place returns where the shed is, or is to be, that ref means: without a server in it, the default one.
 func (c *cli) place(ref string) (target, error) {
@@ -104,24 +161,29 @@ func (c *cli) place(ref string) (target, error) {
 	if err := shed.ValidateName(name); err != nil {
 		return target{}, err
 	}
-	client, err := c.connect(server)
-	return target{client, name}, err
+	server, client, err := c.connectNamed(server)
+	return target{client, server, name}, err
 }
 
 // targets returns the sheds that refs mean. It fails, before anything is done to
 // any of them, if one isn't there.
 func (c *cli) targets(ctx context.Context, refs []string) ([]target, error) {
+	servers, err := c.servers()
+	if err != nil {
+		return nil, err
+	}
+	lookup := sync.OnceValue(servers.Lookup)
 	var targets []target
 	seen := map[string]bool{}
-	err := each(c, refs, func(ref string) error {
-		if seen[ref] {
-			return nil // once is enough
-		}
-		seen[ref] = true
-		t, err := c.resolve(ctx, ref)
+	err = each(c, refs, func(ref string) error {
+		t, err := c.resolveBy(ctx, ref, lookup)
 		if err != nil {
 			return err
 		}
+		if seen[t.server+"/"+t.name] {
+			return nil // once is enough
+		}
+		seen[t.server+"/"+t.name] = true
 		if _, err := t.client.Get(ctx, t.name); err != nil {
 			return err
 		}
@@ -129,6 +191,49 @@ func (c *cli) targets(ctx context.Context, refs []string) ([]target, error) {
 		return nil
 	})
 	return targets, err
+}
+
+// answer is what a server answered.
+type answer[T any] struct {
+	server string // its name
+	value  T
+	err    error
+}
+
+// allTimeout is for each of all servers to answer. A server at the other end of the world takes half of it to log in.
+const allTimeout = 3 * time.Second
+
+// onAll runs f on all servers at once, each for as long as it takes within allTimeout. The answers are in the
+// order of the servers' names.
+func onAll[T any](ctx context.Context, c *cli, f func(ctx context.Context, server string, client *api.Client) (T, error)) ([]answer[T], error) {
+	servers, err := c.servers()
+	if err != nil {
+		return nil, err
+	}
+	names := servers.Config.Names()
+	answers := make([]answer[T], len(names))
+	ctx, cancel := servers.WithTimeout(ctx, allTimeout)
+	defer cancel()
+	var asked sync.WaitGroup
+	for i, name := range names {
+		a := &answers[i]
+		a.server = name
+		asked.Go(func() {
+			client, err := servers.Client(name)
+			if err == nil {
+				a.value, err = f(ctx, name, client)
+			}
+			if err != nil && errors.Is(context.Cause(ctx), context.DeadlineExceeded) {
+				err = shed.Errorf(shed.CodeUnreachable, "no answer within %s", allTimeout)
+			}
+			a.err = err
+		})
+	}
+	asked.Wait()
+	if errors.Is(context.Cause(ctx), context.Canceled) {
+		return nil, ctx.Err()
+	}
+	return answers, nil
 }
 
 // each runs f for all of list, those after a failed one included. The last error is
@@ -151,8 +256,10 @@ func each[T any](c *cli, list []T, f func(T) error) error {
 	return failed
 }
 
-// message writes one line to stderr.
+// message writes one line to stderr. It may be called from several goroutines at once.
 func (c *cli) message(format string, args ...any) {
+	c.messages.Lock()
+	defer c.messages.Unlock()
 	fmt.Fprintln(c.err, printable(fmt.Sprintf(format, args...)))
 }
 

@@ -42,7 +42,11 @@ func newCreate(c *cli) *cobra.Command {
 			if c.json {
 				return c.printJSON(sh)
 			}
-			c.message("%s is running; open a shell in it with: shed console %s", sh.Name, args[0])
+			where, err := c.where(t)
+			if err != nil {
+				return err
+			}
+			c.message("%s is running%s; open a shell in it with: shed console %s", sh.Name, where, args[0])
 			_, err = fmt.Fprintln(c.out, sh.Name)
 			return err
 		}),
@@ -63,6 +67,15 @@ func newCreate(c *cli) *cobra.Command {
 	f.BoolVar(&opts.NoProvision, "no-provision", false, "don't clone the repository into the shed")
 	f.Var(&timeout, "timeout", "give up and undo after this `time`, such as 90s or 10m")
 	return cmd
+}
+
+// where says on which server t is, if there are several.
+func (c *cli) where(t target) (string, error) {
+	servers, err := c.servers()
+	if err != nil || len(servers.Config.Names()) == 1 {
+		return "", err
+	}
+	return " on " + t.server, nil
 }
 
 // undoTime is how long an answer to whether a create was undone is waited for.

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"text/tabwriter"
 
 	"github.com/charliek/shed"
@@ -12,25 +14,52 @@ import (
 )
 
 func newList(c *cli) *cobra.Command {
-	return &cobra.Command{
+	var all bool
+	cmd := &cobra.Command{
 		Use:     "list",
 		Aliases: []string{"ls"},
 		Short:   "List sheds",
 		Args:    noArgs,
-		RunE: c.withServer(func(ctx context.Context, client *api.Client, _ []string) error {
-			sheds, err := client.List(ctx)
-			if err != nil {
-				return err
-			}
-			if c.json {
-				return c.printJSON(sheds)
-			}
-			return c.printSheds(sheds)
-		}),
 	}
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
+		if all && c.server != "" {
+			return usageError(cmd, "--all means all servers, and --server one of them")
+		}
+		return nil
+	}
+	cmd.RunE = c.action(func(ctx context.Context, _ []string) error {
+		if all {
+			return c.listAll(ctx)
+		}
+		client, err := c.connect("")
+		if err != nil {
+			return err
+		}
+		sheds, err := client.List(ctx)
+		if err != nil {
+			return err
+		}
+		if c.json {
+			return c.printJSON(sheds)
+		}
+		if err := c.printTable(listHeader, rows(sheds)); err != nil {
+			return err
+		}
+		if len(sheds) == 0 {
+			c.message("%s", noSheds)
+		}
+		c.printReasons(sheds, "")
+		return nil
+	})
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "of all servers")
+	return cmd
 }
 
-func (c *cli) printSheds(sheds []*shed.Shed) error {
+const noSheds = "There are no sheds. Create one with: shed create NAME"
+
+var listHeader = []string{"NAME", "BACKEND", "STATUS", "IMAGE", "CPU/MEM", "DISK", "CREATED"}
+
+func rows(sheds []*shed.Shed) [][]string {
 	rows := make([][]string, 0, len(sheds))
 	for _, sh := range sheds {
 		rows = append(rows, []string{
@@ -38,18 +67,102 @@ func (c *cli) printSheds(sheds []*shed.Shed) error {
 			byteSize(sh.DiskUsed), humanize.Time(sh.CreatedAt),
 		})
 	}
-	if err := c.printTable([]string{"NAME", "BACKEND", "STATUS", "IMAGE", "CPU/MEM", "DISK", "CREATED"}, rows); err != nil {
-		return err
-	}
-	if len(sheds) == 0 {
-		c.message("There are no sheds. Create one with: shed create NAME")
-	}
+	return rows
+}
+
+// printReasons says why sheds are as they are. prefix stands before their names.
+func (c *cli) printReasons(sheds []*shed.Shed, prefix string) {
 	for _, sh := range sheds {
 		if sh.Reason != "" {
-			c.message("%s is %s: %s", sh.Name, sh.Status, sh.Reason)
+			c.message("%s%s is %s: %s", prefix, sh.Name, sh.Status, sh.Reason)
 		}
 	}
+}
+
+// shedOf is a shed with the name of its server.
+type shedOf struct {
+	Server string `json:"server"`
+	*shed.Shed
+}
+
+// offline is a server that gave no answer.
+type offline struct {
+	Server string     `json:"server"`
+	Error  shed.Error `json:"error"`
+}
+
+func newOffline(server string, err error) offline {
+	return offline{server, shed.Error{Code: shed.ErrorCode(err), Message: err.Error(), Hint: shed.ErrorHint(err)}}
+}
+
+// listAll lists the sheds of all servers. One that is offline is a row too; it is no error.
+func (c *cli) listAll(ctx context.Context) error {
+	servers, err := c.servers()
+	if err != nil {
+		return err
+	}
+	answers, err := onAll(ctx, c, func(ctx context.Context, server string, _ *api.Client) ([]*shed.Shed, error) {
+		return servers.List(ctx, server)
+	})
+	if err != nil {
+		return err
+	}
+	if c.json {
+		doc := struct {
+			Sheds   []shedOf  `json:"sheds"`
+			Offline []offline `json:"offline"`
+		}{[]shedOf{}, []offline{}}
+		for _, a := range answers {
+			if a.err != nil {
+				doc.Offline = append(doc.Offline, newOffline(a.server, a.err))
+			}
+			for _, sh := range a.value {
+				doc.Sheds = append(doc.Sheds, shedOf{a.server, sh})
+			}
+		}
+		return c.printJSON(doc)
+	}
+	var table [][]string
+	empty := true
+	for _, a := range answers {
+		if a.err != nil {
+			table = append(table, []string{"", a.server, "", statusOffline, "", "", "", ""})
+		}
+		for _, row := range rows(a.value) {
+			empty = false
+			table = append(table, append([]string{row[0], a.server}, row[1:]...))
+		}
+	}
+	slices.SortStableFunc(table, func(a, b []string) int {
+		if (a[0] == "") != (b[0] == "") { // servers that are offline come last
+			return cmp.Compare(b[0], a[0])
+		}
+		return cmp.Compare(a[0], b[0])
+	})
+	if err := c.printTable(append([]string{"NAME", "SERVER"}, listHeader[1:]...), table); err != nil {
+		return err
+	}
+	if empty {
+		c.message("%s", noSheds)
+	}
+	for _, a := range answers {
+		c.printReasons(a.value, a.server+"/")
+		c.printOffline(a.server, a.err)
+	}
 	return nil
+}
+
+const statusOffline = "offline"
+
+// printOffline says why a server is offline, if err isn't nil.
+func (c *cli) printOffline(server string, err error) {
+	if err == nil {
+		return
+	}
+	c.message("%s is offline: %s", server, err)
+	if hint := shed.ErrorHint(err); hint != "" {
+		c.message("hint: %s", hint)
+	}
 }
 
 func memory(mb int) string {

@@ -29,6 +29,12 @@ func TestMain(m *testing.M) {
 // serve starts a server of fake and makes it the default of the CLI.
 func serve(t *testing.T, fake *apitest.Fake) {
 	t.Helper()
+	writeConfig(t, "servers:\n  here:\n    socket: "+serveSocket(t, fake)+"\n")
+}
+
+// serveSocket starts a server of fake and returns its socket.
+func serveSocket(t *testing.T, fake *apitest.Fake) string {
+	t.Helper()
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "s")
 	ln, err := net.Listen("unix", socket)
@@ -49,7 +55,7 @@ func serve(t *testing.T, fake *apitest.Fake) {
 		}
 		fake.WaitCommands()
 	})
-	writeConfig(t, "servers:\n  here:\n    socket: "+socket+"\n")
+	return socket
 }
 
 func writeConfig(t *testing.T, text string) string {
@@ -185,23 +191,13 @@ func TestConfig(t *testing.T) {
 		expect(t, "list", 2, "", "shed: "+path+want)
 	}
 	path := writeConfig(t, "servers:\n  a: {host: x, socket: /y}\n")
-	expect(t, "list", 2, "", "shed: "+path+": server \"a\" needs either host: or socket:\n")
+	expect(t, "list", 2, "", "shed: "+path+": server \"a\" needs either a host or a socket\n")
 	path = writeConfig(t, "default_server: b\nservers:\n  a: {socket: /y}\n")
 	expect(t, "list", 2, "", "shed: "+path+": default_server: there is no server \"b\" in the configuration\nhint: there are: a\n")
 	path = writeConfig(t, "servers:\n  a: {socket: /x}\n  b: {socket: /y}\n")
 	expect(t, "list", 2, "", "shed: "+path+" has several servers and no default_server\nhint: choose one with --server: a, b\n")
-	writeConfig(t, "servers:\n  a: {host: my-server.local, http_port: 8080, ssh_port: 2222}\n")
-	expect(t, "list", 1, "", "shed: server \"a\" is on another machine (host: my-server.local): only servers with socket: can be reached\nhint: run shed on my-server.local itself\n")
-	writeConfig(t, "")
-	if cfg, err := loadConfig(""); err != nil || len(cfg.Servers) != 0 {
-		t.Errorf("an empty file: %+v, %v", cfg, err)
-	}
-	t.Setenv("SHED_CONFIG", "")
-	if cfg, err := loadConfig(""); err != nil {
-		t.Errorf("no file: %+v, %v", cfg, err)
-	} else if _, label, err := cfg.socket(""); err != nil || label != "the server at "+api.DefaultSocket() {
-		t.Errorf("no servers: %q, %v", label, err)
-	}
+	path = writeConfig(t, "servers:\n  a: {host: -oProxyCommand=x}\n")
+	expect(t, "list", 2, "", "shed: "+path+": server \"a\" host: \"-oProxyCommand=x\" is no name or IP address\n")
 }
 
 func TestLifecycle(t *testing.T) {

@@ -23,6 +23,7 @@ var ours = map[string]string{
 	"internal/api":         "internal/agent",
 	"internal/api/apitest": "internal/agent",
 	"internal/build":       "internal/agent internal/lines",
+	"internal/client":      "internal/api internal/lines internal/strictyaml",
 	"internal/deptest":     "",
 	"internal/engine": "internal/agent internal/build internal/image internal/keeper internal/kernel internal/network " +
 		"internal/preset internal/rootfs internal/state internal/vm",
@@ -41,7 +42,7 @@ var ours = map[string]string{
 	"internal/vm/vmtest":            "internal/agent internal/kernel internal/vm internal/vm/vmtest/guest",
 	"internal/vm/vmtest/guest":      "internal/agent",
 	"internal/vm/vmtest/guest/init": "internal/vm/vmtest/guest",
-	"cmd/shed":                      "internal/agent internal/api internal/strictyaml",
+	"cmd/shed":                      "internal/agent internal/api internal/client",
 	"cmd/shed-agent":                "internal/agent/guest",
 	"cmd/shed-server": "internal/api internal/engine internal/image internal/keeper internal/kernel " +
 		"internal/rootfs internal/sshd internal/state internal/strictyaml internal/vm internal/vm/qemu",

@@ -1,0 +1,126 @@
+package client
+
+import (
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"github.com/charliek/shed"
+)
+
+const cacheVersion = 1
+
+// cache remembers which sheds servers had when they last answered. It is safe for concurrent use. A file that
+// can't be read is as good as none.
+type cache struct {
+	dir string
+
+	mu      sync.Mutex
+	loaded  bool
+	servers map[string]cached // as in the file, or changed since
+	changed map[string]bool
+}
+
+// cached is what is known about a server.
+type cached struct {
+	Address string   `json:"address"` // another one makes it another server
+	Sheds   []string `json:"sheds"`   // sorted
+	// Silent says that it gave no answer in time when it was last asked.
+	Silent bool `json:"silent,omitempty"`
+}
+
+type cacheFile struct {
+	Version int               `json:"version"`
+	Servers map[string]cached `json:"servers"`
+}
+
+func (c *cache) path() string { return filepath.Join(c.dir, "lookup.json") }
+
+func readCache(path string) map[string]cached {
+	var f cacheFile
+	b, err := os.ReadFile(path)
+	if err != nil || json.Unmarshal(b, &f) != nil || f.Version != cacheVersion || f.Servers == nil {
+		return map[string]cached{}
+	}
+	return f.Servers
+}
+
+// get returns what is known about the server of that name at that address.
+func (c *cache) get(name, address string) cached {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.load()
+	known := c.servers[name]
+	if known.Address != address {
+		return cached{Address: address}
+	}
+	return known
+}
+
+// load reads the file if that hasn't been done. c.mu is held.
+func (c *cache) load() {
+	if !c.loaded {
+		c.servers, c.changed, c.loaded = readCache(c.path()), map[string]bool{}, true
+	}
+}
+
+func (c *cache) set(name string, now cached) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.load()
+	old := c.servers[name]
+	if old.Address == now.Address && old.Silent == now.Silent && slices.Equal(old.Sheds, now.Sheds) {
+		return
+	}
+	c.servers[name] = now
+	c.changed[name] = true
+}
+
+// answered takes notice of a server's answer.
+func (c *cache) answered(name, address string, sheds []*shed.Shed) {
+	now := cached{Address: address}
+	for _, sh := range sheds {
+		now.Sheds = append(now.Sheds, sh.Name)
+	}
+	slices.Sort(now.Sheds)
+	c.set(name, now)
+}
+
+// silent takes notice of a server that gave no answer.
+func (c *cache) silent(name, address string) {
+	now := c.get(name, address)
+	now.Silent = true
+	c.set(name, now)
+}
+
+// save writes what has changed, beside what others have written.
+func (c *cache) save() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.changed) == 0 {
+		return nil
+	}
+	// A directory that isn't there has no configuration in it either.
+	if _, err := os.Stat(c.dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	unlock, err := lock(c.dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	all := maps.Clone(readCache(c.path()))
+	for name := range c.changed {
+		all[name] = c.servers[name]
+	}
+	b, err := json.MarshalIndent(cacheFile{cacheVersion, all}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeFile(c.path(), append(b, '\n'))
+}

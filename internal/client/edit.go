@@ -1,0 +1,349 @@
+package client
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+	"golang.org/x/sys/unix"
+
+	"github.com/charliek/shed"
+)
+
+// Add adds a server to the file, and makes it the default if it is the first. CodeConflict if the name is taken, or another name has
+// the address.
+func (c *Config) Add(name string, s Server) error {
+	if err := errors.Join(ValidateName(name), s.check()); err != nil {
+		return err
+	}
+	return c.edit(func(cfg *Config) error {
+		if err := cfg.CanAdd(name, s); err != nil {
+			return err
+		}
+		if len(cfg.Servers) == 0 {
+			cfg.DefaultServer = name
+		}
+		cfg.Servers = maps.Clone(cfg.Servers)
+		if cfg.Servers == nil {
+			cfg.Servers = map[string]Server{}
+		}
+		cfg.Servers[name] = s
+		return nil
+	}, func(root *ast.MappingNode, cfg *Config) error {
+		entry, err := yaml.ValueToNode(yaml.MapSlice{{Key: name, Value: s.fields()}})
+		if err != nil {
+			return err
+		}
+		servers := find(root, "servers")
+		if servers == nil {
+			return add(root, "servers", yaml.MapSlice{{Key: name, Value: s.fields()}}, cfg)
+		}
+		if m, ok := servers.Value.(*ast.MappingNode); ok && len(m.Values) > 0 {
+			entry := entry.(*ast.MappingNode)
+			if inner, ok := entry.Values[0].Value.(*ast.MappingNode); ok {
+				inner.IsFlowStyle = m.IsFlowStyle
+			}
+			m.Merge(entry)
+		} else {
+			// Nothing, or {}, is replaced.
+			entry.AddColumn(servers.Key.GetToken().Position.Column + 1)
+			servers.Value = entry
+		}
+		return setDefault(root, cfg)
+	})
+}
+
+// Remove removes a server from the file. Where it is the default, there is none then.
+func (c *Config) Remove(name string) error {
+	return c.edit(func(cfg *Config) error {
+		if len(cfg.Servers) == 0 {
+			return shed.Errorf(shed.CodeInvalid, "there is no server %q in the configuration: it has none", name)
+		}
+		if _, err := cfg.Server(name); err != nil {
+			return err
+		}
+		cfg.Servers = maps.Clone(cfg.Servers)
+		delete(cfg.Servers, name)
+		if cfg.DefaultServer == name {
+			cfg.DefaultServer = ""
+		}
+		return nil
+	}, func(root *ast.MappingNode, cfg *Config) error {
+		if servers := find(root, "servers"); servers != nil {
+			if m, ok := servers.Value.(*ast.MappingNode); ok {
+				if remove(m, name); len(m.Values) == 0 {
+					none, err := yaml.ValueToNode(yaml.MapSlice{})
+					if err != nil {
+						return err
+					}
+					servers.Value = none
+				}
+			}
+		}
+		return setDefault(root, cfg)
+	})
+}
+
+// SetDefault makes a server the default.
+func (c *Config) SetDefault(name string) error {
+	return c.edit(func(cfg *Config) error {
+		if len(cfg.Servers) == 0 {
+			return shed.Errorf(shed.CodeInvalid, "there is no server %q in the configuration: it has none", name).
+				WithHint("add it with: shed server add HOST")
+		}
+		if _, err := cfg.Server(name); err != nil {
+			return err
+		}
+		cfg.DefaultServer = name
+		return nil
+	}, setDefault)
+}
+
+// CanAdd returns an Error with CodeConflict if there is a server of that name or at that address: with two names for one
+// server, each of its sheds would be on both.
+func (c *Config) CanAdd(name string, s Server) error {
+	if old, ok := c.Servers[name]; ok {
+		return shed.Errorf(shed.CodeConflict, "there is a server %q already, at %s", name, old.Address()).
+			WithHint("give this one another name with --name, or remove that one: shed server remove %s", name)
+	}
+	for other, old := range c.Servers {
+		if old.Address() == s.Address() {
+			return shed.Errorf(shed.CodeConflict, "the server at %s is there already, as %q", s.Address(), other).
+				WithHint("to give it another name, remove it first: shed server remove %s", other)
+		}
+	}
+	return nil
+}
+
+// HasAddress reports whether a server has the address of s.
+func (c *Config) HasAddress(s Server) bool {
+	for _, other := range c.Servers {
+		if other.Address() == s.Address() {
+			return true
+		}
+	}
+	return false
+}
+
+// fields returns what stands in the file of a server.
+func (s Server) fields() yaml.MapSlice {
+	var fields yaml.MapSlice
+	for _, f := range []struct {
+		key   string
+		value any
+		is    bool
+	}{
+		{"host", s.Host, s.Host != ""}, {"http_port", s.HTTPPort, s.HTTPPort != 0},
+		{"ssh_port", s.SSHPort, s.SSHPort != 0}, {"socket", s.Socket, s.Socket != ""},
+	} {
+		if f.is {
+			fields = append(fields, yaml.MapItem{Key: f.key, Value: f.value})
+		}
+	}
+	return fields
+}
+
+// edit changes the file, which it reads anew: change says what is to become of the configuration, and write
+// does it to the text, of which comments and order stay. Nothing is written where the text would not say
+// what is wanted.
+func (c *Config) edit(change func(*Config) error, write func(*ast.MappingNode, *Config) error) error {
+	if c.path == "" {
+		return shed.Errorf(shed.CodeInvalid, "there is no home directory for the configuration").WithHint("name a file with --config")
+	}
+	unlock, err := lock(c.Dir())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	text, err := os.ReadFile(c.path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return shed.Errorf(shed.CodeInvalid, "the configuration can't be read: %w", err)
+	}
+	want, err := parseConfig(c.path, text)
+	if err != nil {
+		return err
+	}
+	if err := change(want); err != nil {
+		return err
+	}
+	fail := func(err error) error {
+		return shed.Errorf(shed.CodeInvalid, "%s is written in a way that can't be changed by a program: %w", c.path, err).
+			WithHint("change it by hand")
+	}
+	edited, err := rewrite(text, want, write)
+	if err != nil {
+		return fail(err)
+	}
+	got, err := parseConfig(c.path, edited)
+	if err != nil {
+		return fail(err)
+	}
+	if got.DefaultServer != want.DefaultServer || !maps.Equal(got.Servers, want.Servers) {
+		return fail(errors.New("the change would come out as another"))
+	}
+	if err := writeFile(c.path, edited); err != nil {
+		return err
+	}
+	*c = *got
+	return nil
+}
+
+// rewrite returns text with what write does to its one mapping.
+func rewrite(text []byte, want *Config, write func(*ast.MappingNode, *Config) error) ([]byte, error) {
+	file, err := parser.ParseBytes(text, parser.ParseComments)
+	if err != nil {
+		return nil, err
+	}
+	var root *ast.MappingNode
+	for _, doc := range file.Docs {
+		if m, ok := doc.Body.(*ast.MappingNode); ok && len(file.Docs) == 1 {
+			root = m
+		}
+	}
+	if root == nil { // nothing but comments, and perhaps a ---
+		value := yaml.MapSlice{}
+		if want.DefaultServer != "" {
+			value = append(value, yaml.MapItem{Key: "default_server", Value: want.DefaultServer})
+		}
+		servers := yaml.MapSlice{}
+		for name, s := range want.Servers {
+			servers = append(servers, yaml.MapItem{Key: name, Value: s.fields()})
+		}
+		added, err := yaml.Marshal(append(value, yaml.MapItem{Key: "servers", Value: servers}))
+		if err != nil {
+			return nil, err
+		}
+		if len(text) > 0 && !bytes.HasSuffix(text, []byte("\n")) {
+			text = append(text, '\n')
+		}
+		return append(text, added...), nil
+	}
+	if err := write(root, want); err != nil {
+		return nil, err
+	}
+	edited := []byte(file.String())
+	if !bytes.HasSuffix(edited, []byte("\n")) {
+		edited = append(edited, '\n')
+	}
+	return edited, nil
+}
+
+func find(m *ast.MappingNode, key string) *ast.MappingValueNode {
+	for _, v := range m.Values {
+		if v.Key.GetToken().Value == key {
+			return v
+		}
+	}
+	return nil
+}
+
+func remove(m *ast.MappingNode, key string) {
+	for i, v := range m.Values {
+		if v.Key.GetToken().Value == key {
+			m.Values = append(m.Values[:i:i], m.Values[i+1:]...)
+			return
+		}
+	}
+}
+
+// add adds what is missing at the end of the file.
+func add(root *ast.MappingNode, key string, value any, cfg *Config) error {
+	node, err := yaml.ValueToNode(yaml.MapSlice{{Key: key, Value: value}})
+	if err != nil {
+		return err
+	}
+	root.Merge(node.(*ast.MappingNode))
+	if key == "default_server" {
+		return nil
+	}
+	return setDefault(root, cfg)
+}
+
+// setDefault has the text name the default server that cfg has.
+func setDefault(root *ast.MappingNode, cfg *Config) error {
+	old := find(root, "default_server")
+	switch {
+	case cfg.DefaultServer == "":
+		remove(root, "default_server")
+		return nil
+	case old == nil:
+		return add(root, "default_server", cfg.DefaultServer, cfg)
+	}
+	node, err := yaml.ValueToNode(cfg.DefaultServer)
+	if err != nil {
+		return err
+	}
+	if comment := old.Value.GetComment(); comment != nil {
+		if err := node.SetComment(comment); err != nil {
+			return err
+		}
+	}
+	old.Value = node
+	return nil
+}
+
+// lock keeps other programs from changing the files in dir, which is made if need be, until unlock is called.
+func lock(dir string) (unlock func(), err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+// writeFile replaces the file at path, or the one that it is a link to, with text: all of it or, on error, nothing.
+func writeFile(path string, text []byte) error {
+	path, err := followLinks(path)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Dir(path)
+	tmp, err := os.CreateTemp(dir, ".tmp-") // mode 0600
+	if err != nil {
+		return err
+	}
+	_, err = tmp.Write(text)
+	if err == nil {
+		err = tmp.Sync()
+	}
+	err = errors.Join(err, tmp.Close())
+	if err == nil {
+		err = os.Rename(tmp.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(tmp.Name()))
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// followLinks returns what path is a link to, which need not be there.
+func followLinks(path string) (string, error) {
+	for range 40 {
+		to, err := os.Readlink(path)
+		if err != nil { // no link, or nothing
+			return path, nil
+		}
+		if !filepath.IsAbs(to) {
+			to = filepath.Join(filepath.Dir(path), to)
+		}
+		path = to
+	}
+	return "", &fs.PathError{Op: "open", Path: path, Err: unix.ELOOP}
+}
