@@ -58,6 +58,7 @@ func TestScripts(t *testing.T) {
 			"small-disk":  cmdSmallDisk,
 			"mkimage":     cmdMkimage,
 			"registry":    cmdRegistry,
+			"terminal":    terminalCommand(),
 		},
 	})
 }

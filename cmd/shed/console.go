@@ -16,14 +16,7 @@ func newConsole(c *cli) *cobra.Command {
 		ValidArgsFunction: c.completeNames,
 	}
 	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
-		if err := refuseJSON(c, cmd, "it is for people"); err != nil {
-			return err
-		}
-		if _, ok := terminal(c.in); !ok {
-			return shed.Errorf(shed.CodeInvalid, "%s needs a terminal", cmd.CommandPath()).
-				WithHint("run a command with: shed exec %s CMD", args[0])
-		}
-		return nil
+		return c.needsTerminal(cmd, "run a command with: shed exec "+args[0]+" CMD")
 	}
 	cmd.RunE = c.action(func(ctx context.Context, args []string) error {
 		c.failure = exitExec

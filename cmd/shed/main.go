@@ -22,7 +22,7 @@ const (
 	exitNotFound    = 3
 	exitConflict    = 4
 	exitUnreachable = 5
-	// exitExec is for exec and console where shed itself failed; a command
+	// exitExec is for exec, console and attach where shed itself failed; a command
 	// line that is wrong is exitUsage there too.
 	exitExec = 255
 )
@@ -87,14 +87,14 @@ func newRoot(c *cli) *cobra.Command {
 		Use:   "shed",
 		Short: "Persistent development machines: each shed is a VM with its own disk",
 		Example: `  shed create web --repo charliek/shed
-  shed console web
+  shed attach web
   shed exec web -- go test ./...
   shed stop web`,
 		Long: `Persistent development machines: each shed is a VM with its own disk.
 
 Exit codes: 0 success, 1 error, 2 usage, 3 not found, 4 conflict (exists,
 running, in use), 5 server unreachable. exec and console return the code of
-what they ran, and 255 where shed itself failed.`,
+what they ran, and like attach 255 where shed itself failed.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		CompletionOptions: cobra.CompletionOptions{
@@ -109,7 +109,7 @@ what they ran, and 255 where shed itself failed.`,
 	flags.BoolVar(&c.noColor, "no-color", false, "no colors (also where NO_COLOR is set)")
 	root.AddCommand(
 		newCreate(c), newList(c), newStart(c), newStop(c), newReset(c), newDelete(c),
-		newConsole(c), newExec(c), newLogs(c), newImage(c), newServer(c), newVersion(c), newCompletion(c),
+		newConsole(c), newAttach(c), newSessions(c), newExec(c), newLogs(c), newImage(c), newServer(c), newVersion(c), newCompletion(c),
 	)
 	asGroup(root)
 	root.SetFlagErrorFunc(flagError)
