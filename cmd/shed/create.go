@@ -39,6 +39,7 @@ func newCreate(c *cli) *cobra.Command {
 			case err != nil:
 				return err
 			}
+			c.updateSSHConfig(ctx, t, false)
 			if c.json {
 				return c.printJSON(sh)
 			}

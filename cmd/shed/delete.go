@@ -34,6 +34,7 @@ func newDelete(c *cli) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			c.updateSSHConfig(ctx, t, true)
 			deleted = append(deleted, t.name)
 			if !c.json {
 				err = c.printLine(t.name)

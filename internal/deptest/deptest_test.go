@@ -34,6 +34,7 @@ var ours = map[string]string{
 	"internal/network":              "",
 	"internal/preset":               "internal/lines",
 	"internal/rootfs":               "",
+	"internal/sshconfig":            "",
 	"internal/sshd":                 "internal/agent",
 	"internal/state":                "internal/rootfs",
 	"internal/strictyaml":           "",
@@ -42,7 +43,7 @@ var ours = map[string]string{
 	"internal/vm/vmtest":            "internal/agent internal/kernel internal/vm internal/vm/vmtest/guest",
 	"internal/vm/vmtest/guest":      "internal/agent",
 	"internal/vm/vmtest/guest/init": "internal/vm/vmtest/guest",
-	"cmd/shed":                      "internal/agent internal/api internal/client",
+	"cmd/shed":                      "internal/agent internal/api internal/client internal/sshconfig",
 	"cmd/shed-agent":                "internal/agent/guest",
 	"cmd/shed-server": "internal/api internal/engine internal/image internal/keeper internal/kernel " +
 		"internal/rootfs internal/sshd internal/state internal/strictyaml internal/vm internal/vm/qemu",
