@@ -109,7 +109,7 @@ what they ran, and like attach 255 where shed itself failed.`,
 	flags.BoolVar(&c.noColor, "no-color", false, "no colors (also where NO_COLOR is set)")
 	root.AddCommand(
 		newCreate(c), newList(c), newStart(c), newStop(c), newReset(c), newDelete(c),
-		newConsole(c), newAttach(c), newSessions(c), newExec(c), newLogs(c), newSSHConfig(c), newImage(c), newServer(c), newVersion(c), newCompletion(c),
+		newConsole(c), newAttach(c), newSessions(c), newExec(c), newLogs(c), newSSHConfig(c), newImage(c), newServer(c), newTunnels(c), newVersion(c), newCompletion(c),
 	)
 	asGroup(root)
 	root.SetFlagErrorFunc(flagError)

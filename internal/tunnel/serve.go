@@ -1,0 +1,270 @@
+//go:build linux || darwin
+
+package tunnel
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/agent"
+)
+
+// Sheds is what a tunnel needs of a server: see shed.Sheds.
+type Sheds interface {
+	Get(ctx context.Context, name string) (*shed.Shed, error)
+	Dial(ctx context.Context, name string, to shed.Endpoint) (net.Conn, error)
+}
+
+const (
+	// watchPause is how often a server is asked that answers. What goes wrong between is noticed by connections.
+	watchPause = 5 * time.Second
+	// answerTimeout is how long a server may take to say how a shed is doing.
+	answerTimeout = 10 * time.Second
+	// dialTimeout is how long it may take to connect, in a shed that runs.
+	dialTimeout = time.Minute
+	// patience is how long a connection waits for a server that doesn't answer.
+	patience = 10 * time.Second
+
+	minPause = 50 * time.Millisecond
+	maxPause = 2 * time.Second
+)
+
+// forwarder carries the connections of a Claim.
+type forwarder struct {
+	claim  *Claim
+	sheds  Sheds
+	report func(format string, args ...any)
+
+	parts sync.WaitGroup
+
+	asking sync.Mutex   // held while the server is asked
+	asked  atomic.Int64 // how often it was; grows with asking held
+	answer error        // the last one; with asking held
+
+	mu      sync.Mutex
+	status  Status
+	refused []string // why each port's last connection failed, or ""
+}
+
+// Serve forwards connections until ctx is done, and returns when all have ended. It reports, a line each, when the
+// server or the shed goes away and comes back.
+//
+// A stopped shed isn't started: that would undo a stop whenever a browser polls. While the
+// server doesn't answer, a connection waits for it some seconds; it is closed then, or at once if the
+// shed doesn't run, or nothing in it answers.
+//
+// It ends also when somebody removes the record: nobody could find and stop the tunnel any more.
+func (c *Claim) Serve(ctx context.Context, sheds Sheds, report func(format string, args ...any)) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	f := &forwarder{claim: c, sheds: sheds, report: report, refused: make([]string, len(c.Record.Ports))}
+	f.status = Status{State: Up, Connections: make([]int, len(c.Record.Ports))}
+	f.parts.Go(func() {
+		defer cancel()
+		f.watch(ctx)
+	})
+	f.accept(ctx, c.status, f.say)
+	for i, opened := range c.listeners {
+		for _, l := range opened {
+			f.accept(ctx, l, func(conn net.Conn) { f.forward(ctx, i, conn) })
+		}
+	}
+	<-ctx.Done()
+	c.closeListeners()
+	c.status.Close()
+	f.parts.Wait()
+}
+
+// accept has handle handle what l accepts, until l is closed.
+func (f *forwarder) accept(ctx context.Context, l net.Listener, handle func(net.Conn)) {
+	f.parts.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if errors.Is(err, net.ErrClosed) || ctx.Err() != nil {
+				if err == nil {
+					conn.Close()
+				}
+				return
+			}
+			if err != nil { // no more descriptors: some may become free
+				sleep(ctx, maxPause)
+				continue
+			}
+			f.parts.Go(func() { handle(conn) })
+		}
+	})
+}
+
+// sleep returns after d, or when ctx is done.
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
+}
+
+// say tells who asks how the tunnel is doing.
+func (f *forwarder) say(conn net.Conn) {
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(statusTimeout))
+	f.mu.Lock()
+	b, err := json.Marshal(f.status)
+	f.mu.Unlock()
+	if err == nil {
+		conn.Write(b)
+	}
+}
+
+// watch notices when the server and the shed go away and come back, without a connection. It returns
+// when ctx is done, or the record has gone.
+func (f *forwarder) watch(ctx context.Context) {
+	for pause := minPause; ctx.Err() == nil; {
+		if _, err := os.Stat(f.claim.registry.record(f.claim.Record.PID)); errors.Is(err, fs.ErrNotExist) {
+			f.report("the record of this tunnel was removed: it ends")
+			return
+		}
+		if lost(f.check(ctx)) {
+			sleep(ctx, pause)
+			pause = min(2*pause, maxPause)
+			continue
+		}
+		sleep(ctx, watchPause)
+		pause = minPause
+	}
+}
+
+func lost(err error) bool { return shed.ErrorCode(err) == shed.CodeUnreachable }
+
+// check returns why the shed can't be connected to, as it was after the call. At any time the server is asked
+// once, for all who wanted to know before.
+func (f *forwarder) check(ctx context.Context) error {
+	came := f.asked.Load()
+	f.asking.Lock()
+	defer f.asking.Unlock()
+	if f.asked.Load() == came {
+		f.asked.Add(1)
+		f.answer = f.ask(ctx)
+	}
+	return f.answer
+}
+
+func (f *forwarder) ask(ctx context.Context) error {
+	name := f.claim.Record.Shed
+	asked, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	sh, err := f.sheds.Get(asked, name)
+	switch {
+	case err == nil && sh.Status != shed.StatusRunning && sh.Status != shed.StatusStarting:
+		err = shed.Errorf(shed.CodeConflict, "shed %q is %s", name, sh.Status)
+	case errors.Is(err, context.DeadlineExceeded):
+		err = shed.Errorf(shed.CodeUnreachable, "%w: no answer within %v", err, answerTimeout)
+	}
+	if ctx.Err() == nil {
+		f.note(err)
+	}
+	return err
+}
+
+// note records and reports what check found out.
+func (f *forwarder) note(err error) {
+	state, reason := Up, ""
+	if err != nil {
+		state, reason = Refusing, err.Error()
+	}
+	if lost(err) {
+		state = Reconnecting
+	}
+	f.mu.Lock()
+	changed := f.status.State != state
+	f.status.State, f.status.Reason = state, reason
+	f.mu.Unlock()
+	if !changed {
+		return
+	}
+	switch name := f.claim.Record.Shed; state {
+	case Reconnecting:
+		f.report("the connection to %s is lost, trying again: %s", name, reason)
+	case Refusing:
+		f.report("connections to %s are refused: %s", name, reason)
+	case Up:
+		f.report("%s can be reached again", name)
+	}
+}
+
+// forward carries a connection to port i of the tunnel. It closes it.
+func (f *forwarder) forward(ctx context.Context, i int, conn net.Conn) {
+	f.count(i, +1)
+	defer f.count(i, -1)
+	local := localConn{conn.(*net.TCPConn)}
+	defer context.AfterFunc(ctx, func() { local.Reset() })()
+	remote, err := f.dial(ctx, f.claim.Record.Ports[i].Remote)
+	f.refuse(i, err)
+	if err != nil {
+		local.Reset()
+		return
+	}
+	defer context.AfterFunc(ctx, func() { remote.Close() })()
+	agent.Splice(local, remote)
+}
+
+func (f *forwarder) count(i, by int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.status.Connections[i] += by
+}
+
+// refuse reports why connections to port i fail, once until one doesn't.
+func (f *forwarder) refuse(i int, err error) {
+	reason := ""
+	if err != nil {
+		reason = err.Error()
+	}
+	f.mu.Lock()
+	changed := f.refused[i] != reason
+	f.refused[i] = reason
+	f.mu.Unlock()
+	// What holds for all ports is reported by note.
+	if changed && shed.ErrorCode(err) == shed.CodeConnect {
+		f.report("localhost:%d: %s", f.claim.Record.Ports[i].Local, reason)
+	}
+}
+
+// dial connects to a port of the shed's localhost.
+func (f *forwarder) dial(ctx context.Context, port int) (net.Conn, error) {
+	to := shed.Endpoint{Network: "tcp", Address: fmt.Sprintf("localhost:%d", port)}
+	deadline := time.Now().Add(patience)
+	for pause := minPause; ; pause = min(2*pause, maxPause) {
+		err := f.check(ctx)
+		if err == nil {
+			var conn net.Conn
+			dialing, cancel := context.WithTimeout(ctx, dialTimeout)
+			conn, err = f.sheds.Dial(dialing, f.claim.Record.Shed, to)
+			cancel()
+			if err == nil {
+				return conn, nil
+			}
+		}
+		if !lost(err) || ctx.Err() != nil || time.Now().After(deadline) {
+			return nil, err
+		}
+		sleep(ctx, pause)
+	}
+}
+
+// localConn is a connection that a program here has made.
+type localConn struct{ *net.TCPConn }
+
+// Reset lets the program know that this is no proper end.
+func (c localConn) Reset() error {
+	c.SetLinger(0)
+	return c.Close()
+}
