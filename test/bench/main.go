@@ -89,8 +89,11 @@ func (b *bench) prepare(bin, cache string) error {
 			}
 		}
 	}
-	var err error
-	if b.server, err = startServer(bin, b.dir); err != nil {
+	home, err := newHome(filepath.Join(b.dir, "home"))
+	if err != nil {
+		return err
+	}
+	if b.server, err = startServer(bin, b.dir, home); err != nil {
 		return err
 	}
 	// Each is built upon those before it, which so cost next to nothing.
@@ -141,7 +144,7 @@ func mid[T cmp.Ordered](values []T) T {
 func (b *bench) run(idle time.Duration) error {
 	fmt.Printf("medians of %d, %d CPU, %d MB\n\n| what | measured | beside it | limit |\n| --- | --- | --- | --- |\n", b.runs, cpus, memoryMB)
 	for _, f := range []func() error{
-		b.create, b.exec, b.throughput, func() error { return b.idle(idle) },
+		b.create, b.exec, b.throughput, func() error { return b.idle(idle) }, b.connect, b.lists,
 		// What comes now needs the memory, and neither sheds nor their kernel.
 		func() error { return b.client.Delete(context.Background(), "x", nil) },
 		b.pulls, b.conversion, b.disk,

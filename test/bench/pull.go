@@ -67,7 +67,7 @@ func (b *bench) pulls() error {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
-	puller, err := startServer(b.bin, dir)
+	puller, err := startServer(b.bin, dir, b.home)
 	if err != nil {
 		return err
 	}

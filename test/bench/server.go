@@ -22,18 +22,31 @@ type server struct {
 	bin    string // directory of the programs
 	state  string
 	env    []string // of the CLI
+	home   string   // of the CLI's user, with a key that may log in
 	cmd    *exec.Cmd
 	client *api.Client
 }
 
-// startServer starts a server that keeps all it has below dir, which must be there: its state in dir/state.
-func startServer(bin, dir string) (*server, error) {
-	s := &server{bin: bin, state: filepath.Join(dir, "state")}
+// newHome makes a home directory with a key for SSH.
+func newHome(dir string) (string, error) {
+	ssh := filepath.Join(dir, ".ssh")
+	if err := os.MkdirAll(ssh, 0o700); err != nil {
+		return "", err
+	}
+	_, _, err := timed(exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(ssh, "id_ed25519")))
+	return dir, err
+}
+
+// startServer starts a server that keeps all it has below dir, which must be there: its state in dir/state. The key in
+// home may log in.
+func startServer(bin, dir, home string) (*server, error) {
+	s := &server{bin: bin, state: filepath.Join(dir, "state"), home: home}
 	socket := filepath.Join(dir, "s.sock")
 	config, client := filepath.Join(dir, "server.yaml"), filepath.Join(dir, "config.yaml")
-	s.env = append(os.Environ(), "SHED_CONFIG="+client)
+	s.env = append(os.Environ(), "SHED_CONFIG="+client, "HOME="+home, "SSH_AUTH_SOCK=")
 	files := map[string]string{
-		config: fmt.Sprintf("name: bench\nhttp_port: 0\nssh_port: 0\nsocket: %s\nstate_dir: %s\nenv_file: \"\"\n", socket, s.state),
+		config: fmt.Sprintf("name: bench\nhttp_port: 0\nssh_port: 0\nsocket: %s\nstate_dir: %s\nenv_file: \"\"\nauth: {authorized_keys_file: %s}\n",
+			socket, s.state, filepath.Join(home, ".ssh", "id_ed25519.pub")),
 		client: fmt.Sprintf("servers:\n  bench: {socket: %s}\n", socket),
 	}
 	for file, text := range files {
