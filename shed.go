@@ -214,6 +214,8 @@ func (c Command) Validate() error {
 type Endpoint struct {
 	Network string `json:"network"` // "tcp", "unix", or "accepted": see Sheds.Listen
 	Address string `json:"address"` // HOST:PORT, an absolute path, or what an acceptance is called
+	// NoStart leaves a stopped shed as it is: CodeConflict.
+	NoStart bool `json:"no_start,omitempty"`
 }
 
 // Validate checks what can be told without the shed.
@@ -300,7 +302,7 @@ type Sheds interface {
 	// for further errors.
 	Exec(ctx context.Context, name string, cmd Command) (net.Conn, error)
 
-	// Dial connects to an address in a shed, starting the shed if it is stopped. Names resolve
+	// Dial connects to an address in a shed, starting the shed if it is stopped, unless that says no. Names resolve
 	// in the shed, whose own localhost is meant; a Unix socket is opened by the shed's
 	// user. CodeConnect if nothing answers there. The connection has a method CloseWrite. ctx is
 	// for the time until it is connected.

@@ -257,7 +257,7 @@ func TestAnswersAreAsDocumented(t *testing.T) {
 	do("POST", "/api/sheds/none/exec", `{"args":["true"]}`, "")
 	do("POST", "/api/sheds/old/exec", `{"args":["true"],"env":["A=b"],"dir":"/","user":"0","tty":{"term":"xterm","rows":24,"cols":80}}`, "")
 	do("POST", "/api/sheds/old/exec", `{"subsystem":"sftp"}`, "")
-	do("POST", "/api/sheds/old/dial", `{"network":"tcp","address":"localhost:80"}`, "")
+	do("POST", "/api/sheds/old/dial", `{"network":"tcp","address":"localhost:80","no_start":true}`, "")
 	do("POST", "/api/sheds/old/dial", `{"network":"accepted","address":"none"}`, "")
 	do("POST", "/api/sheds/old/listen", `{"network":"tcp","address":"localhost:0"}`, "")
 	do("POST", "/api/sheds/old/exec", `{"attach":{"session":"x","mode":"new"},"tty":{"term":"xterm","rows":24,"cols":80}}`, "")

@@ -24,7 +24,7 @@ func (e *Engine) request(ctx context.Context, name string, at shed.Endpoint, req
 	if err := at.Validate(); err != nil {
 		return nil, err
 	}
-	return e.call(ctx, name, true, req, shed.CodeConnect)
+	return e.call(ctx, name, !at.NoStart, req, shed.CodeConnect)
 }
 
 // call makes a request of a shed's agent, and returns the stream once it is granted. What the

@@ -11,7 +11,6 @@ import (
 	"net"
 	"os"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/charliek/shed"
@@ -46,13 +45,10 @@ type forwarder struct {
 
 	parts sync.WaitGroup
 
-	asking sync.Mutex   // held while the server is asked
-	asked  atomic.Int64 // how often it was; grows with asking held
-	answer error        // the last one; with asking held
-
 	mu      sync.Mutex
 	status  Status
-	refused []string // why each port's last connection failed, or ""
+	since   time.Time // when the status has changed
+	refused []string  // why each port's last connection failed, or ""
 }
 
 // Serve forwards connections until ctx is done, and returns when all have ended. It reports, a line each, when the
@@ -132,7 +128,7 @@ func (f *forwarder) watch(ctx context.Context) {
 			f.report("the record of this tunnel was removed: it ends")
 			return
 		}
-		if lost(f.check(ctx)) {
+		if lost(f.ask(ctx)) {
 			sleep(ctx, pause)
 			pause = min(2*pause, maxPause)
 			continue
@@ -144,21 +140,9 @@ func (f *forwarder) watch(ctx context.Context) {
 
 func lost(err error) bool { return shed.ErrorCode(err) == shed.CodeUnreachable }
 
-// check returns why the shed can't be connected to, as it was after the call. At any time the server is asked
-// once, for all who wanted to know before.
-func (f *forwarder) check(ctx context.Context) error {
-	came := f.asked.Load()
-	f.asking.Lock()
-	defer f.asking.Unlock()
-	if f.asked.Load() == came {
-		f.asked.Add(1)
-		f.answer = f.ask(ctx)
-	}
-	return f.answer
-}
-
+// ask returns why the shed can't be connected to.
 func (f *forwarder) ask(ctx context.Context) error {
-	name := f.claim.Record.Shed
+	name, start := f.claim.Record.Shed, time.Now()
 	asked, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	sh, err := f.sheds.Get(asked, name)
@@ -168,14 +152,15 @@ func (f *forwarder) ask(ctx context.Context) error {
 	case errors.Is(err, context.DeadlineExceeded):
 		err = shed.Errorf(shed.CodeUnreachable, "%w: no answer within %v", err, answerTimeout)
 	}
-	if ctx.Err() == nil {
-		f.note(err)
-	}
+	f.note(ctx, start, err)
 	return err
 }
 
-// note records and reports what check found out.
-func (f *forwarder) note(err error) {
+// note records and reports what the server has answered to what it was asked at asked.
+func (f *forwarder) note(ctx context.Context, asked time.Time, err error) {
+	if ctx.Err() != nil {
+		return
+	}
 	state, reason := Up, ""
 	if err != nil {
 		state, reason = Refusing, err.Error()
@@ -184,12 +169,16 @@ func (f *forwarder) note(err error) {
 		state = Reconnecting
 	}
 	f.mu.Lock()
+	defer f.mu.Unlock()
+	if asked.Before(f.since) { // others have found out more since
+		return
+	}
 	changed := f.status.State != state
 	f.status.State, f.status.Reason = state, reason
-	f.mu.Unlock()
 	if !changed {
 		return
 	}
+	f.since = time.Now()
 	switch name := f.claim.Record.Shed; state {
 	case Reconnecting:
 		f.report("the connection to %s is lost, trying again: %s", name, reason)
@@ -240,18 +229,19 @@ func (f *forwarder) refuse(i int, err error) {
 
 // dial connects to a port of the shed's localhost.
 func (f *forwarder) dial(ctx context.Context, port int) (net.Conn, error) {
-	to := shed.Endpoint{Network: "tcp", Address: fmt.Sprintf("localhost:%d", port)}
+	to := shed.Endpoint{Network: "tcp", Address: fmt.Sprintf("localhost:%d", port), NoStart: true}
 	deadline := time.Now().Add(patience)
 	for pause := minPause; ; pause = min(2*pause, maxPause) {
-		err := f.check(ctx)
-		if err == nil {
-			var conn net.Conn
-			dialing, cancel := context.WithTimeout(ctx, dialTimeout)
-			conn, err = f.sheds.Dial(dialing, f.claim.Record.Shed, to)
-			cancel()
-			if err == nil {
-				return conn, nil
-			}
+		start := time.Now()
+		dialing, cancel := context.WithTimeout(ctx, dialTimeout)
+		conn, err := f.sheds.Dial(dialing, f.claim.Record.Shed, to)
+		cancel()
+		if err == nil || shed.ErrorCode(err) == shed.CodeConnect {
+			f.note(ctx, start, nil)
+			return conn, err
+		}
+		if !errors.Is(err, context.DeadlineExceeded) {
+			f.note(ctx, start, err)
 		}
 		if !lost(err) || ctx.Err() != nil || time.Now().After(deadline) {
 			return nil, err

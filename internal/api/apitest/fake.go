@@ -242,6 +242,15 @@ func (f *Fake) reach(ctx context.Context, op, name string, at shed.Endpoint) err
 	if err := at.Validate(); err != nil {
 		return err
 	}
+	if at.NoStart {
+		_, err := f.update(name, func(sh *shed.Shed) error {
+			if sh.Status != shed.StatusRunning {
+				return shed.Errorf(shed.CodeConflict, "shed %q is %s", name, sh.Status)
+			}
+			return nil
+		})
+		return err
+	}
 	_, err := f.Start(ctx, name, nil)
 	return err
 }
