@@ -109,6 +109,7 @@ func (a *attachment) run(ctx context.Context, open func(context.Context) (net.Co
 		return err
 	}
 	defer restore()
+	a.taken.Store(true)
 	a.keys = startKeyboard(a.in)
 	for {
 		status, err := a.show(conn)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode"
 
@@ -32,6 +33,7 @@ type cli struct {
 
 	known   *client.Servers // once loaded
 	quiet   bool            // asks for no passphrase
+	taken   atomic.Bool     // the terminal is a session's
 	began   bool            // the command line was right
 	failure int             // exit code for every failure, if not 0
 

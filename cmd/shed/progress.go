@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
+	"github.com/mattn/go-runewidth"
 	"golang.org/x/term"
 )
 
@@ -287,11 +288,5 @@ func (d *display) paint(color, s string) string {
 	return "\x1b[" + color + "m" + s + "\x1b[0m"
 }
 
-// truncate shortens s to width runes.
-func truncate(s string, width int) string {
-	r := []rune(s)
-	if len(r) <= max(width, 1) {
-		return s
-	}
-	return string(r[:max(width, 1)-1]) + "…"
-}
+// truncate shortens s to what fits width cells of a terminal.
+func truncate(s string, width int) string { return runewidth.Truncate(s, max(width, 1), "…") }

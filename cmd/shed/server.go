@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -328,6 +329,9 @@ func newServerSetDefault(c *cli) *cobra.Command {
 
 // askPassphrase asks for a passphrase in the terminal, whatever stdin is.
 func (c *cli) askPassphrase(ctx context.Context, prompt string) ([]byte, error) {
+	if c.taken.Load() {
+		return nil, errors.New("the terminal has a session")
+	}
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
