@@ -148,7 +148,17 @@ func (term *terminal) end() (string, shed.ExitStatus) {
 
 func (term *terminal) detach() {
 	term.t.Helper()
-	term.typeIn("\x02d")
+	// tmux takes keys that arrive within a millisecond for pasted text, which does nothing but be typed.
+	for ended := false; !ended; {
+		io.WriteString(term.Stdin(), "\x02")
+		time.Sleep(50 * time.Millisecond)
+		io.WriteString(term.Stdin(), "d") // fails where the first time was enough
+		select {
+		case <-term.ended:
+			ended = true
+		case <-time.After(2 * time.Second):
+		}
+	}
 	raw, status := term.end()
 	if status.Code != 0 || !strings.Contains(raw, "[detached (from session") {
 		term.t.Fatalf("%+v %q", status, raw)
