@@ -58,7 +58,7 @@ func TestScripts(t *testing.T) {
 			"small-disk":  cmdSmallDisk,
 			"mkimage":     cmdMkimage,
 			"registry":    cmdRegistry,
-			"terminal":    terminalCommand(),
+			"terminal":    cmdTerminal,
 		},
 	})
 }
@@ -102,6 +102,7 @@ func setup(env *testscript.Env) (err error) {
 		return err
 	}
 	env.Values[serverKey{}] = s
+	env.Values[terminalsKey{}] = map[string]*terminal{}
 	for _, v := range [][2]string{
 		{"PATH", binDir + string(os.PathListSeparator) + os.Getenv("PATH") + ":/usr/sbin:/sbin"},
 		{"BIN", binDir},
@@ -132,7 +133,7 @@ func sshKey(dir string) (file, public string, err error) {
 	return file, strings.TrimSpace(string(pub)), err
 }
 
-// cmdServer is server start|stop|kill9, or server log-match REGEXP, which waits for a line.
+// cmdServer is server start, which sets SERVER_PID, or stop|kill9, or server log-match REGEXP, which waits for a line.
 func cmdServer(ts *testscript.TestScript, neg bool, args []string) {
 	s := scriptServer(ts)
 	if len(args) == 0 || neg {
@@ -141,6 +142,7 @@ func cmdServer(ts *testscript.TestScript, neg bool, args []string) {
 	switch args[0] {
 	case "start":
 		ts.Check(s.start())
+		ts.Setenv("SERVER_PID", strconv.Itoa(s.cmd.Process.Pid))
 	case "stop":
 		ts.Check(s.stop())
 	case "kill9":

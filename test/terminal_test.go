@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/creack/pty"
 	"github.com/rogpeppe/go-internal/testscript"
@@ -28,7 +29,10 @@ type terminal struct {
 	seen  int // how much of it was expected already
 }
 
-// terminalCommand returns the command terminal, which keeps the terminals of scripts by name:
+// terminalsKey is that of a script's terminals, by name.
+type terminalsKey struct{}
+
+// cmdTerminal is terminal NAME VERB ARGS...:
 //
 //	terminal NAME run COMMAND ARGS...   in a new terminal of 24 rows and 80 columns
 //	terminal NAME expect REGEXP         waits until that is shown after what was expected before
@@ -39,31 +43,24 @@ type terminal struct {
 //	terminal NAME ends CODE             waits for the end, with that exit code
 //
 // What is shown is without escape sequences.
-func terminalCommand() func(*testscript.TestScript, bool, []string) {
-	type key struct {
-		script *testscript.TestScript
-		name   string
+func cmdTerminal(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) < 3 || neg && args[1] != "shows" {
+		ts.Fatalf("usage: terminal NAME run|expect|shows|type|resize|signal|ends ARGS...")
 	}
-	var all sync.Map // of *terminal by key: scripts run at the same time
-	return func(ts *testscript.TestScript, neg bool, args []string) {
-		if len(args) < 3 || neg && args[1] != "shows" {
-			ts.Fatalf("usage: terminal NAME run|expect|shows|type|resize|signal|ends ARGS...")
-		}
-		name, verb, args := args[0], args[1], args[2:]
-		if verb == "run" {
-			t, err := runTerminal(ts, args)
-			ts.Check(err)
-			all.Store(key{ts, name}, t)
-			return
-		}
-		v, ok := all.Load(key{ts, name})
-		if !ok {
-			ts.Fatalf("there is no terminal %s", name)
-		}
-		t := v.(*terminal)
-		if err := t.do(verb, args, neg); err != nil {
-			ts.Fatalf("terminal %s: %v; it has shown:\n%s", name, err, t.text())
-		}
+	all := ts.Value(terminalsKey{}).(map[string]*terminal)
+	name, verb, args := args[0], args[1], args[2:]
+	if verb == "run" {
+		t, err := runTerminal(ts, args)
+		ts.Check(err)
+		all[name] = t
+		return
+	}
+	t := all[name]
+	if t == nil {
+		ts.Fatalf("there is no terminal %s", name)
+	}
+	if err := t.do(verb, args, neg); err != nil {
+		ts.Fatalf("terminal %s: %v; it has shown:\n%s", name, err, t.text())
 	}
 }
 
@@ -186,16 +183,10 @@ func (t *terminal) expect(pattern string) error {
 }
 
 func (t *terminal) end(code string) error {
-	err := eventually(func() error {
-		select {
-		case <-t.ended:
-			return nil
-		default:
-			return errors.New("it has not ended")
-		}
-	})
-	if err != nil {
-		return err
+	select {
+	case <-t.ended:
+	case <-time.After(patience):
+		return fmt.Errorf("it has not ended within %v", patience)
 	}
 	if got := strconv.Itoa(t.cmd.ProcessState.ExitCode()); got != code {
 		return fmt.Errorf("exit code %s, want %s", got, code)

@@ -41,7 +41,7 @@ itself failed.`,
 		ValidArgsFunction: c.completeNames,
 	}
 	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
-		if err := c.needsTerminal(cmd, "run a command with: shed exec "+args[0]+" CMD"); err != nil {
+		if err := c.needsTerminal(cmd, args[0]); err != nil {
 			return err
 		}
 		return at.Validate()
@@ -64,9 +64,7 @@ itself failed.`,
 	f := cmd.Flags()
 	f.StringVarP(&at.Session, "session", "S", shed.DefaultSession, "`name` of the session")
 	f.BoolVar(&fresh, "new", false, "make a session; without --session its name is default, 2, 3 or so on")
-	cmd.RegisterFlagCompletionFunc("session", func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-		return c.completeSessions(cmd, args)
-	})
+	cmd.RegisterFlagCompletionFunc("session", c.completeSessions)
 	return cmd
 }
 

@@ -69,9 +69,12 @@ func (c *cli) close() {
 }
 
 // servers returns the configured servers.
-func (c *cli) servers() (*client.Servers, error) {
+func (c *cli) servers() (*client.Servers, error) { return c.configured(client.LoadConfig) }
+
+// configured returns the servers of the configuration that is loaded, or else of what read returns.
+func (c *cli) configured(read func(path string) (*client.Config, error)) (*client.Servers, error) {
 	if c.known == nil {
-		cfg, err := client.LoadConfig(c.configFile)
+		cfg, err := read(c.configFile)
 		if err != nil {
 			return nil, err
 		}
@@ -176,16 +179,16 @@ func (c *cli) targets(ctx context.Context, refs []string) ([]target, error) {
 	}
 	lookup := sync.OnceValue(servers.Lookup)
 	var targets []target
-	seen := map[string]bool{}
+	seen := map[target]bool{}
 	err = each(c, refs, func(ref string) error {
 		t, err := c.resolveBy(ctx, ref, lookup)
 		if err != nil {
 			return err
 		}
-		if seen[t.server+"/"+t.name] {
+		if seen[t] {
 			return nil // once is enough
 		}
-		seen[t.server+"/"+t.name] = true
+		seen[t] = true
 		if _, err := t.client.Get(ctx, t.name); err != nil {
 			return err
 		}
@@ -285,13 +288,18 @@ func (c *cli) printError(err error) {
 		c.printMessage(err)
 		return
 	}
-	said := err.Error()
+	doc := errorDoc(err)
 	if errors.Is(err, context.Canceled) {
-		said = interrupted
+		doc.Message = interrupted
 	}
 	c.printJSON(struct {
-		Error shed.Error `json:"error"`
-	}{shed.Error{Code: shed.ErrorCode(err), Message: said, Hint: shed.ErrorHint(err)}})
+		Error *shed.Error `json:"error"`
+	}{doc})
+}
+
+// errorDoc returns what --json says of err.
+func errorDoc(err error) *shed.Error {
+	return &shed.Error{Code: shed.ErrorCode(err), Message: err.Error(), Hint: shed.ErrorHint(err)}
 }
 
 const interrupted = "interrupted"
@@ -302,6 +310,11 @@ func (c *cli) printMessage(err error) {
 		return
 	}
 	c.message("shed: %s", err)
+	c.printHint(err)
+}
+
+// printHint says what to try about err, if that is known.
+func (c *cli) printHint(err error) {
 	if hint := shed.ErrorHint(err); hint != "" {
 		c.message("hint: %s", hint)
 	}

@@ -16,7 +16,7 @@ func newConsole(c *cli) *cobra.Command {
 		ValidArgsFunction: c.completeNames,
 	}
 	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
-		return c.needsTerminal(cmd, "run a command with: shed exec "+args[0]+" CMD")
+		return c.needsTerminal(cmd, args[0])
 	}
 	cmd.RunE = c.action(func(ctx context.Context, args []string) error {
 		c.failure = exitExec

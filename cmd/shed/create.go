@@ -43,11 +43,7 @@ func newCreate(c *cli) *cobra.Command {
 			if c.json {
 				return c.printJSON(sh)
 			}
-			where, err := c.where(t)
-			if err != nil {
-				return err
-			}
-			c.message("%s is running%s; open a shell in it with: shed console %s", sh.Name, where, args[0])
+			c.sayRunning(t, args[0])
 			_, err = fmt.Fprintln(c.out, sh.Name)
 			return err
 		}),
@@ -70,13 +66,13 @@ func newCreate(c *cli) *cobra.Command {
 	return cmd
 }
 
-// where says on which server t is, if there are several.
-func (c *cli) where(t target) (string, error) {
-	servers, err := c.servers()
-	if err != nil || len(servers.Config.Names()) == 1 {
-		return "", err
+// sayRunning says that t, which the user has called ref, runs, and where, if that isn't plain.
+func (c *cli) sayRunning(t target, ref string) {
+	where := ""
+	if len(c.known.Config.Names()) > 1 {
+		where, ref = " on "+t.server, t.server+"/"+t.name
 	}
-	return " on " + t.server, nil
+	c.message("%s is running%s; open a shell in it with: shed console %s", t.name, where, ref)
 }
 
 // undoTime is how long an answer to whether a create was undone is waited for.

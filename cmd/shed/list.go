@@ -87,13 +87,11 @@ type shedOf struct {
 
 // offline is a server that gave no answer.
 type offline struct {
-	Server string     `json:"server"`
-	Error  shed.Error `json:"error"`
+	Server string      `json:"server"`
+	Error  *shed.Error `json:"error"`
 }
 
-func newOffline(server string, err error) offline {
-	return offline{server, shed.Error{Code: shed.ErrorCode(err), Message: err.Error(), Hint: shed.ErrorHint(err)}}
-}
+func newOffline(server string, err error) offline { return offline{server, errorDoc(err)} }
 
 // listAll lists the sheds of all servers. One that is offline is a row too; it is no error.
 func (c *cli) listAll(ctx context.Context) error {
@@ -160,9 +158,7 @@ func (c *cli) printOffline(server string, err error) {
 		return
 	}
 	c.message("%s is offline: %s", server, err)
-	if hint := shed.ErrorHint(err); hint != "" {
-		c.message("hint: %s", hint)
-	}
+	c.printHint(err)
 }
 
 func memory(mb int) string {

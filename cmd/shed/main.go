@@ -95,6 +95,7 @@ func newRoot(c *cli) *cobra.Command {
 Exit codes: 0 success, 1 error, 2 usage, 3 not found, 4 conflict (exists,
 running, in use), 5 server unreachable. exec and console return the code of
 what they ran, and like attach 255 where shed itself failed.`,
+		Version:       newClientInfo().Version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		CompletionOptions: cobra.CompletionOptions{

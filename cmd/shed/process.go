@@ -69,13 +69,14 @@ func (c *cli) runCommand(ctx context.Context, ref string, cmd shed.Command, tty,
 	return exitStatus(status.Code)
 }
 
-// needsTerminal returns an error with hint, if it isn't "", unless stdin is a terminal.
-func (c *cli) needsTerminal(cmd *cobra.Command, hint string) error {
+// needsTerminal returns an error unless stdin is a terminal, in which cmd shows the shed that ref names.
+func (c *cli) needsTerminal(cmd *cobra.Command, ref string) error {
 	if err := refuseJSON(c, cmd, "it is for people"); err != nil {
 		return err
 	}
 	if _, ok := terminal(c.in); !ok {
-		return shed.Errorf(shed.CodeInvalid, "%s needs a terminal", cmd.CommandPath()).WithHint("%s", hint)
+		return shed.Errorf(shed.CodeInvalid, "%s needs a terminal", cmd.CommandPath()).
+			WithHint("run a command with: shed exec %s CMD", ref)
 	}
 	return nil
 }
@@ -222,10 +223,8 @@ func (r *relay) forwardSignals() (stop func() os.Signal) {
 	quit, done := make(chan struct{}), make(chan struct{})
 	var ended os.Signal
 	var sending sync.WaitGroup // each may be stuck until the command is let go
-	resized := make(chan os.Signal, 1)
 	if r.tty != nil {
-		signal.Notify(resized, syscall.SIGWINCH)
-		sending.Go(func() { r.followSize(resized, quit) })
+		sending.Go(func() { r.followSize(quit) })
 	}
 	go func() {
 		defer close(done)
@@ -247,7 +246,6 @@ func (r *relay) forwardSignals() (stop func() os.Signal) {
 	var once sync.Once
 	return func() os.Signal {
 		once.Do(func() {
-			signal.Stop(resized)
 			close(quit)
 			<-done
 		})
@@ -256,7 +254,10 @@ func (r *relay) forwardSignals() (stop func() os.Signal) {
 }
 
 // followSize tells the command each new size of the terminal, in order, until quit is closed.
-func (r *relay) followSize(resized <-chan os.Signal, quit <-chan struct{}) {
+func (r *relay) followSize(quit <-chan struct{}) {
+	resized := make(chan os.Signal, 1)
+	signal.Notify(resized, syscall.SIGWINCH)
+	defer signal.Stop(resized)
 	for told := r.tty.Size; ; {
 		// It may have changed already while the command was being started.
 		if size, ok := r.windowSize(); ok && size != told {

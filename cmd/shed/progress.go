@@ -29,7 +29,7 @@ func (c *cli) progress(operation string) (report shed.Progress, end func()) {
 		return d.report, d.run()
 	}
 	l := &lines{c: c, operation: operation, all: c.verbose >= 2}
-	return l.report, func() {}
+	return l.report, l.end
 }
 
 // linesPhase is the phase whose messages, but for the first, are lines that were
@@ -119,17 +119,50 @@ func duration(d time.Duration) string {
 	return d.Round(time.Second).String()
 }
 
-// lines shows progress where stderr is no terminal: one line for each phase,
-// and two for each item.
+// longPhase is how long a phase takes of which more than its end is said.
+const longPhase = 5 * time.Second
+
+// lines shows progress where stderr is no terminal: one line for each phase, another
+// before it where that takes long, and two for each item.
 type lines struct {
 	c         *cli
 	operation string
 	all       bool // every event
-	phase     phase
-	items     items
+
+	mu    sync.Mutex
+	phase phase
+	items items
+	begun *time.Timer // for the line of a phase that takes long
+}
+
+// end is for the end of the operation.
+func (l *lines) end() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.begun != nil {
+		l.begun.Stop()
+	}
+	l.phase = phase{}
+}
+
+// begin is for the begin of a phase.
+func (l *lines) begin() {
+	begun := l.phase.start
+	if l.begun != nil {
+		l.begun.Stop()
+	}
+	l.begun = time.AfterFunc(longPhase, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.phase.start.Equal(begun) {
+			l.c.message("%s: %s ...", l.operation, l.phase.title)
+		}
+	})
 }
 
 func (l *lines) report(e shed.Event) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.phase.isLine(e) {
 		l.c.message("%s", lastPrinted(e.Message))
 		return
@@ -146,6 +179,7 @@ func (l *lines) report(e shed.Event) {
 		}
 		return
 	}
+	before := l.phase.start
 	if l.all && !e.Done {
 		l.phase.update(e)
 		l.c.message("%s: %s", l.operation, strings.TrimSpace(l.phase.now()+" "+l.phase.count(0, true)))
@@ -153,6 +187,8 @@ func (l *lines) report(e shed.Event) {
 		l.c.message("%s: %s ... %s", l.operation, l.phase.title, duration(e.Elapsed))
 		l.phase = phase{}
 		l.items.end(e.Phase)
+	} else if !l.phase.start.Equal(before) {
+		l.begin()
 	}
 }
 

@@ -189,3 +189,26 @@ func TestProgressLinesOfItems(t *testing.T) {
 		t.Errorf("got\n%s\nwant\n%s", stderr, want)
 	}
 }
+
+// A phase that takes long is seen in a pipe too before it ends, and one that doesn't is said once.
+func TestLinesOfLongPhases(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		l := &lines{c: &cli{err: &out}, operation: "build x"}
+		l.report(shed.Event{Phase: "boot", Message: "booting"})
+		time.Sleep(longPhase / 2)
+		l.report(shed.Event{Phase: "boot", Done: true, Elapsed: longPhase / 2})
+		l.report(shed.Event{Phase: "base", Message: "sending base"})
+		time.Sleep(longPhase / 2)
+		l.report(shed.Event{Phase: "base", Current: 1, Unit: "bytes"})
+		time.Sleep(longPhase)
+		l.report(shed.Event{Phase: "base", Done: true, Elapsed: 2 * longPhase})
+		l.report(shed.Event{Phase: "last", Message: "storing"})
+		l.end()
+		time.Sleep(2 * longPhase)
+		want := "build x: booting ... 2.5s\nbuild x: sending base ...\nbuild x: sending base ... 10.0s\n"
+		if got := out.String(); got != want {
+			t.Errorf("got\n%s\nwant\n%s", got, want)
+		}
+	})
+}

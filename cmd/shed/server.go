@@ -32,16 +32,7 @@ func newServer(c *cli) *cobra.Command {
 }
 
 // editable returns the servers of a configuration that need not be there yet.
-func (c *cli) editable() (*client.Servers, error) {
-	if c.known == nil {
-		cfg, err := client.NewConfig(c.configFile)
-		if err != nil {
-			return nil, err
-		}
-		c.known = client.NewServers(cfg, c.clientOptions())
-	}
-	return c.known, nil
-}
+func (c *cli) editable() (*client.Servers, error) { return c.configured(client.NewConfig) }
 
 func newServerAdd(c *cli) *cobra.Command {
 	var name, fingerprint string
@@ -239,8 +230,7 @@ func newServerList(c *cli) *cobra.Command {
 				if a.err == nil {
 					st.Version, st.Sheds = a.value.info.Version, &a.value.sheds
 				} else {
-					st.Status = statusOffline
-					st.Error = &shed.Error{Code: shed.ErrorCode(a.err), Message: a.err.Error(), Hint: shed.ErrorHint(a.err)}
+					st.Status, st.Error = statusOffline, errorDoc(a.err)
 				}
 				states = append(states, st)
 			}
@@ -285,7 +275,7 @@ func newServerRemove(c *cli) *cobra.Command {
 			if err := cfg.Remove(name); err != nil {
 				return err
 			}
-			if server.Host != "" && !cfg.HasAddress(server) {
+			if server.Host != "" && cfg.At(server) == "" {
 				if err := client.UnpinKey(cfg.KnownHosts(), server.Address()); err != nil {
 					return fmt.Errorf("server %s is removed, but its host key is not: %w", name, err)
 				}

@@ -37,7 +37,7 @@ func TestSeveralServers(t *testing.T) {
 	expect(t, "start No", 2, "", "shed: \"No\" can't be the name of a shed\nhint: use 1 to 63 characters: a-z, 0-9 and '-', with no '-' at either end\n")
 	expect(t, "start c/web", 2, "", "shed: there is no server \"c\" in the configuration\nhint: there are: a, b\n")
 
-	expect(t, "create new", 0, "new\n", "new is running on a; open a shell in it with: shed console new\n")
+	expect(t, "create new", 0, "new\n", "new is running on a; open a shell in it with: shed console a/new\n")
 	expect(t, "create b/other", 0, "other\n", "other is running on b; open a shell in it with: shed console b/other\n")
 	if _, err := b.Get(t.Context(), "other"); err != nil {
 		t.Error(err)

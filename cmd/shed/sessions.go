@@ -27,15 +27,13 @@ something, and the last line of its screen.`,
   shed sessions web
   shed sessions --all
   shed sessions kill web default`,
-		Args:              cobra.ArbitraryArgs,
+		Args:              optionalName,
 		ValidArgsFunction: c.completeNames,
 	}
 	// Its arguments are no commands.
 	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError(cmd, "%w", err) })
 	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
 		switch {
-		case len(args) > 1:
-			return usageError(cmd, "%s takes only NAME, got %q", cmd.CommandPath(), args[1])
 		case all && len(args) > 0:
 			return usageError(cmd, "--all means all sheds, and NAME one of them")
 		case all && c.server != "":
@@ -93,12 +91,18 @@ func (c *cli) serverSessions(ctx context.Context) error {
 	}
 	c.printUnanswered(list.Unanswered, "")
 	if c.json {
-		return c.printJSON(append([]shed.Session{}, list.Sessions...))
+		if err := c.printJSON(append([]shed.Session{}, list.Sessions...)); err != nil || len(list.Unanswered) == 0 {
+			return err
+		}
+		return exitStatus(exitError)
 	}
 	if err := c.printSessions(sessionsHeader, sessionRows(list.Sessions)); err != nil {
 		return err
 	}
-	if len(list.Sessions) == 0 && len(list.Unanswered) == 0 {
+	if len(list.Unanswered) > 0 {
+		return exitStatus(exitError) // printUnanswered has said why
+	}
+	if len(list.Sessions) == 0 {
 		c.message(noSessions)
 	}
 	return nil
@@ -218,7 +222,7 @@ func newSessionsKill(c *cli) *cobra.Command {
 			case 0:
 				return c.completeNames(cmd, args, typed)
 			case 1:
-				return c.completeSessions(cmd, args)
+				return c.completeSessions(cmd, args, typed)
 			}
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		},
@@ -271,7 +275,7 @@ func (c *cli) askKill(ctx context.Context, t target, name string) error {
 }
 
 // completeSessions completes names of the sessions of the shed that args begins with.
-func (c *cli) completeSessions(cmd *cobra.Command, args []string) ([]string, cobra.ShellCompDirective) {
+func (c *cli) completeSessions(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	if len(args) == 0 {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}

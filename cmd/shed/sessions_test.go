@@ -44,10 +44,10 @@ func TestSessions(t *testing.T) {
 	expect(t, "sessions web", 0, strings.Replace(header, "IDLE        ", "IDLE     ", 1)+strings.ReplaceAll(strings.ReplaceAll(shown(cleaned), "2 days      ", "2 days   "), "now         ", "now      "), "")
 
 	fake.Unanswered = []shed.Unanswered{{Shed: "frozen", Reason: "no answer within 5s"}}
-	expect(t, "sessions", 0, header+ofDB+shown(cleaned), "frozen does not say what runs in it: no answer within 5s\n")
+	expect(t, "sessions", 1, header+ofDB+shown(cleaned), "frozen does not say what runs in it: no answer within 5s\n")
 	code, stdout, stderr := shedCLI("sessions", "--json")
 	var got []shed.Session
-	if err := json.Unmarshal([]byte(stdout), &got); err != nil || code != 0 || len(got) != 3 || got[1].LastLine != line || !strings.HasPrefix(stderr, "frozen does not say") {
+	if err := json.Unmarshal([]byte(stdout), &got); err != nil || code != 1 || len(got) != 3 || got[1].LastLine != line || !strings.HasPrefix(stderr, "frozen does not say") {
 		t.Errorf("sessions --json: %d, %s, %s", code, stdout, stderr)
 	}
 	_, stdout, _ = shedCLI("sessions", "web", "--json")
@@ -103,10 +103,9 @@ func TestAllSessions(t *testing.T) {
 		len(doc.Offline) != 1 || doc.Offline[0].Server != "dead" || doc.Offline[0].Error.Code != shed.CodeUnreachable || doc.Offline[0].Error.Message != why {
 		t.Errorf("%s", stdout)
 	}
-	s := serveSessions(t) // alone
+	serveSessions(t) // alone
 	expect(t, "sessions -a", 0, "NAME   SERVER   SESSION   COMMAND   ATTACHED   IDLE   LAST OUTPUT\n", "There are no sessions. Open one with: shed attach NAME\n")
 	expect(t, "sessions -a --json", 0, "{\n  \"sessions\": [],\n  \"unanswered\": [],\n  \"offline\": []\n}\n", "")
-	s.stop()
 }
 
 func TestSessionsKill(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/api"
@@ -51,13 +52,8 @@ such as its HostName, ProxyJump or IdentityFile, holds for its sheds too.`,
 		Example: `  shed ssh-config --install && ssh shed-web
   shed ssh-config --install --all --dry-run
   shed ssh-config >> ~/.ssh/config`,
+		Args:              optionalName,
 		ValidArgsFunction: c.completeNames,
-	}
-	cmd.Args = func(cmd *cobra.Command, args []string) error {
-		if len(args) == 0 {
-			return nil
-		}
-		return needs(false, "NAME")(cmd, args)
 	}
 	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
 		switch {
@@ -86,6 +82,14 @@ such as its HostName, ProxyJump or IdentityFile, holds for its sheds too.`,
 	flags.BoolVar(&s.uninstall, "uninstall", false, "take them out of ~/.ssh/config again")
 	flags.BoolVar(&s.dryRun, "dry-run", false, "change no file; with --install and --uninstall, print what would change")
 	return cmd
+}
+
+// optionalName is the check of a command whose one argument, NAME, may be left out.
+func optionalName(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return needs(false, "NAME")(cmd, args)
 }
 
 // sshServer is a server as ssh gets to it, and sheds of it.
@@ -225,11 +229,8 @@ func (s *sshConfig) reach(ctx context.Context, name string, api *api.Client, she
 		if found.pin, err = s.newKey(ctx, api, found.addr); err != nil {
 			return sshServer{}, err
 		}
-	}
-	if server.Host != "" {
-		if at.Options, err = client.HostOptions(ctx, server.Host, at.Port); err != nil {
-			s.message("What ~/.ssh/config says of %s is left out: %s", server.Host, err)
-		}
+	} else if at.Options, err = client.HostOptions(ctx, server.Host, at.Port); err != nil {
+		s.message("What ~/.ssh/config says of %s is left out: %s", server.Host, err)
 	}
 	for _, sh := range sheds {
 		h, err := sshconfig.NewHost(name, sh.Name, at)
@@ -334,16 +335,10 @@ func (s *sshConfig) sayNames(hosts []sshconfig.Host) {
 
 // remove takes out of the file what ref and --server mean, or all.
 func (s *sshConfig) remove(ctx context.Context, ref string) error {
-	server, name := s.server, ref
-	if before, after, exact := strings.Cut(ref, "/"); exact {
-		if before == "" || server != "" && server != before {
-			return shed.Errorf(shed.CodeInvalid, "%q does not name a shed on the server %q", ref, server).
-				WithHint("give the server as SERVER/NAME or as --server SERVER")
-		}
-		server, name = before, after
-	}
+	server, name := s.server, ""
 	if ref != "" {
-		if err := shed.ValidateName(name); err != nil {
+		var err error
+		if server, name, err = s.splitRef(ref); err != nil {
 			return err
 		}
 	}
@@ -362,18 +357,22 @@ func (c *cli) updateSSHConfig(ctx context.Context, t target, gone bool) {
 		return // nor is there a block
 	}
 	s := sshConfig{cli: c}
-	edit := func(installed []sshconfig.Host) ([]sshconfig.Host, error) {
-		if len(installed) == 0 {
-			return nil, nil
-		}
-		kept := slices.DeleteFunc(slices.Clone(installed), func(h sshconfig.Host) bool { return h.Server == t.server && h.Shed == t.name })
-		if gone {
-			return kept, nil
-		}
+	reach := sync.OnceValues(func() (sshServer, error) { // Apply may edit twice
 		found, err := s.reach(ctx, t.server, t.client, []*shed.Shed{{Name: t.name}})
 		if err == nil {
 			err = s.pin(t.server, found)
 		}
+		return found, err
+	})
+	edit := func(installed []sshconfig.Host) ([]sshconfig.Host, error) {
+		if len(installed) == 0 {
+			return nil, nil
+		}
+		kept := slices.DeleteFunc(installed, func(h sshconfig.Host) bool { return h.Server == t.server && h.Shed == t.name })
+		if gone {
+			return kept, nil
+		}
+		found, err := reach()
 		return append(kept, found.hosts...), err
 	}
 	if _, err := sshconfig.Apply(ctx, path, edit); err != nil {
@@ -426,22 +425,12 @@ func (s *sshConfig) edit(ctx context.Context, dead []offline, wanted func(sshcon
 	}
 	s.sayNames(change.Hosts)
 	for _, d := range dead {
-		if n := count(change.Hosts, d.Server); n > 0 {
+		if slices.ContainsFunc(change.Hosts, func(h sshconfig.Host) bool { return h.Server == d.Server }) {
 			s.message("What %s has of %s stays as it was", change.File, d.Server)
 		}
 	}
 	s.sayChange(change, len(hosts))
 	return nil
-}
-
-func count(hosts []sshconfig.Host, server string) int {
-	n := 0
-	for _, h := range hosts {
-		if h.Server == server {
-			n++
-		}
-	}
-	return n
 }
 
 // sayChange says what has been done to the file, and what to know about that. n is how many hosts were wanted in it.

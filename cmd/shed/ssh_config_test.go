@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/charliek/shed"
@@ -29,12 +30,7 @@ func serveSSH(t *testing.T, addr, key string, sheds ...string) (socket string, s
 	for _, name := range sheds {
 		fake.Add(shed.Shed{Name: name, Status: shed.StatusRunning})
 	}
-	dir, err := os.MkdirTemp("", "shed") // with a short name, for the socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket = filepath.Join(dir, "s")
+	socket = filepath.Join(t.TempDir(), "s")
 	ln, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
@@ -47,17 +43,12 @@ func serveSSH(t *testing.T, addr, key string, sheds ...string) (socket string, s
 			Sheds: fake, Images: fake, Info: shed.Info{SSH: addr}, HostKey: shed.HostKey{Key: key}, Log: log,
 		}), log)
 	}()
-	stopped := false
-	stop = func() {
-		if stopped {
-			return
-		}
-		stopped = true
+	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-	}
+	})
 	t.Cleanup(stop)
 	return socket, stop
 }

@@ -54,15 +54,12 @@ func newTunnelsStop(c *cli) *cobra.Command {
 		Long: `End the tunnels to a shed, with the connections in them, from whichever
 terminal they were started. With --all, those to all sheds, or to all of the
 server that --server names.`,
-		Args:              needs(true),
+		Args:              optionalName,
 		ValidArgsFunction: c.completeNames,
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "end the tunnels to all sheds")
 	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
-		switch {
-		case len(args) > 1:
-			return usageError(cmd, "%s takes only NAME, got %q", cmd.CommandPath(), args[1])
-		case all == (len(args) == 1):
+		if all == (len(args) == 1) {
 			return usageError(cmd, "%s needs either NAME or --all", cmd.CommandPath())
 		}
 		return nil
@@ -101,7 +98,8 @@ func (c *cli) splitRef(ref string) (server, name string, err error) {
 	if !exact {
 		server, name = c.server, ref
 	} else if server == "" || c.server != "" && c.server != server {
-		return "", "", shed.Errorf(shed.CodeInvalid, "%q does not name a shed on the server %q", ref, c.server)
+		return "", "", shed.Errorf(shed.CodeInvalid, "%q does not name a shed on the server %q", ref, c.server).
+			WithHint("give the server as SERVER/NAME or as --server SERVER")
 	}
 	return server, name, shed.ValidateName(name)
 }

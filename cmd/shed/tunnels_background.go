@@ -57,7 +57,7 @@ func (c *cli) startBackground(ctx context.Context, registry *tunnel.Registry, re
 	case report.Error != nil:
 		err = report.Error
 	case report.Running != nil:
-		err = c.printRunning(*report.Running)
+		err = c.printRunning(*report.Running, true)
 	default:
 		if err := c.printTunnel(*report.Started); err != nil {
 			return err

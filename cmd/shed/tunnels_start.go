@@ -121,7 +121,7 @@ func (c *cli) startTunnel(ctx context.Context, ref string, flags tunnelFlags) er
 		return err
 	}
 	if running != nil {
-		return c.printRunning(*running)
+		return c.printRunning(*running, flags.background)
 	}
 	if err := c.wake(ctx, t); err != nil {
 		return err
@@ -137,7 +137,7 @@ func (c *cli) startTunnel(ctx context.Context, ref string, flags tunnelFlags) er
 		return err
 	}
 	if running != nil {
-		return c.printRunning(*running)
+		return c.printRunning(*running, flags.background)
 	}
 	defer claim.Close()
 	if err := c.printTunnel(claim.Record); err != nil {
@@ -168,15 +168,20 @@ func (c *cli) printTunnel(rec tunnel.Record) error {
 	if c.json {
 		return c.printJSON(rec)
 	}
-	for _, p := range rec.Ports {
-		if err := c.printLine(fmt.Sprintf("localhost:%d -> %s:%d", p.Local, rec.Shed, p.Remote)); err != nil {
+	for _, line := range rec.Forwards() {
+		if err := c.printLine(line); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (c *cli) printRunning(rec tunnel.Record) error {
+// printRunning says that what is to be started, in the background or not, runs as rec already.
+func (c *cli) printRunning(rec tunnel.Record, background bool) error {
+	if background && rec.Mode != tunnel.Background {
+		return shed.Errorf(shed.CodeConflict, "it runs already, in a terminal, whose end is its end").
+			WithHint("--replace ends that tunnel and starts this one")
+	}
 	c.message("It runs already: in the %s, started %s.", rec.Mode, humanize.Time(rec.Since))
 	return c.printTunnel(rec)
 }

@@ -36,9 +36,20 @@ func listenUnix(t *testing.T) (net.Listener, func(context.Context) (net.Conn, er
 	return ln, func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }
 }
 
+// listenTCP is listenUnix for TCP.
+func listenTCP(t *testing.T) (net.Listener, func(context.Context) (net.Conn, error)) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := ln.Addr().String()
+	return ln, func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", addr) }
+}
+
 // serve serves fake on ln until the test ends. stop ends it earlier; it
 // returns when all that runs in the server has ended.
-func serve(t *testing.T, ln net.Listener, fake *apitest.Fake, log *slog.Logger) (stop func()) {
+func serve(t testing.TB, ln net.Listener, fake *apitest.Fake, log *slog.Logger) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -277,14 +288,8 @@ func TestRefusedRequests(t *testing.T) {
 }
 
 func TestHost(t *testing.T) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	ln, dial := listenTCP(t)
 	serve(t, ln, &apitest.Fake{}, slog.New(slog.DiscardHandler))
-	dial := func(ctx context.Context) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "tcp", ln.Addr().String())
-	}
 	for host, want := range map[string]int{
 		"localhost": 200, "localhost:8080": 200, "127.0.0.1:8080": 200, "[::1]:8080": 200, "[::1]": 200,
 		"evil.example": 403, "evil.example:8080": 403, "localhost.evil.example": 403, "10.1.2.3": 403,

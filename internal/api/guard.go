@@ -21,7 +21,7 @@ const (
 	refusalInterval = time.Second
 )
 
-// responseWriter remembers whether an answer has begun, and gives up clients that don't read it.
+// responseWriter is what handlers write to. It remembers whether an answer has begun, and gives up clients that don't read it.
 type responseWriter struct {
 	http.ResponseWriter
 	ctl   *http.ResponseController

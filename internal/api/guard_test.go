@@ -19,10 +19,7 @@ import (
 
 // Nothing that a web page can send is carried out, however it addresses the server.
 func TestWebPages(t *testing.T) {
-	tcp, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	tcp, dialTCP := listenTCP(t)
 	unix, dialUnix := listenUnix(t)
 	var done atomic.Int32
 	fake := &apitest.Fake{Before: func(context.Context, string, string, shed.Progress) error {
@@ -80,9 +77,7 @@ func TestWebPages(t *testing.T) {
 			header.Set("Host", own)
 		}
 		for network, dial := range map[string]func(context.Context) (net.Conn, error){
-			"tcp": func(ctx context.Context) (net.Conn, error) {
-				return new(net.Dialer).DialContext(ctx, "tcp", tcp.Addr().String())
-			},
+			"tcp":  dialTCP,
 			"unix": dialUnix,
 		} {
 			if network == "unix" && test.tcpOnly {
@@ -101,7 +96,7 @@ func TestWebPages(t *testing.T) {
 		"GET /api/sheds HTTP/1.1\r\nConnection: close\r\n\r\n",
 		"GET /api/sheds HTTP/1.0\r\n\r\n",
 	} {
-		conn, err := net.Dial("tcp", tcp.Addr().String())
+		conn, err := dialTCP(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -124,7 +119,7 @@ func TestWebPages(t *testing.T) {
 func TestRefusalsInLog(t *testing.T) {
 	var log bytes.Buffer
 	synctest.Test(t, func(t *testing.T) {
-		ln := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		ln := newPipeListener()
 		stop := serve(t, ln, &apitest.Fake{}, slog.New(slog.NewTextHandler(&log, nil)))
 		for range 100 {
 			rawRequest(t, ln.dial, "GET", "/api/%1b[31m", "", http.Header{"Origin": {"http://evil.example"}})

@@ -47,7 +47,7 @@ func TestSlowloris(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				ln := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+				ln := newPipeListener()
 				fake := &apitest.Fake{Log: func(ctx context.Context, _ bool) io.ReadCloser {
 					r, w := io.Pipe()
 					context.AfterFunc(ctx, func() { w.Close() })
@@ -86,7 +86,7 @@ func TestDribble(t *testing.T) {
 		"body": "POST /api/sheds HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n\"",
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			ln := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+			ln := newPipeListener()
 			stop := serve(t, ln, &apitest.Fake{}, slog.New(slog.DiscardHandler))
 			conn, err := ln.dial(t.Context())
 			if err != nil {
@@ -110,7 +110,7 @@ func TestDribble(t *testing.T) {
 // A client that asks and asks and reads nothing is given up.
 func TestNeverReads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ln := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		ln := newPipeListener()
 		stop := serve(t, ln, &apitest.Fake{}, slog.New(slog.DiscardHandler))
 		conn, err := ln.dial(t.Context())
 		if err != nil {
@@ -126,7 +126,7 @@ func TestNeverReads(t *testing.T) {
 // An answer that pauses is no client that stalls, and neither is the next request of its connection.
 func TestPausingAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ln := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		ln := newPipeListener()
 		fake := &apitest.Fake{Log: func(context.Context, bool) io.ReadCloser {
 			r, w := io.Pipe()
 			go func() {
@@ -176,16 +176,11 @@ func openFiles(t *testing.T) int {
 // Connections that do nothing are in nobody's way, and leave nothing.
 func TestIdleConnections(t *testing.T) {
 	for _, network := range []string{"tcp", "unix"} {
-		ln, dial := listenUnix(t)
+		listen := listenUnix
 		if network == "tcp" {
-			var err error
-			if ln, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
-				t.Fatal(err)
-			}
-			dial = func(ctx context.Context) (net.Conn, error) {
-				return new(net.Dialer).DialContext(ctx, "tcp", ln.Addr().String())
-			}
+			listen = listenTCP
 		}
+		ln, dial := listen(t)
 		serve(t, ln, &apitest.Fake{}, slog.New(slog.DiscardHandler))
 		c := NewClient(dial, "the server")
 		info := func() {
@@ -264,7 +259,7 @@ func TestNoFilesLeft(t *testing.T) {
 
 // However the bytes of a request are wrong, the server answers the next.
 func FuzzRequests(f *testing.F) {
-	ln := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+	ln := newPipeListener()
 	fake := &apitest.Fake{
 		Run: func(shed.Command, *agent.FrameReader, *agent.FrameWriter) shed.ExitStatus { return shed.ExitStatus{} },
 		Connect: func(context.Context, shed.Endpoint) (net.Conn, error) {
@@ -276,20 +271,9 @@ func FuzzRequests(f *testing.F) {
 		Log: func(context.Context, bool) io.ReadCloser { return io.NopCloser(strings.NewReader("log")) },
 	}
 	fake.Add(shed.Shed{Name: "a"})
-	ctx, cancel := context.WithCancel(context.Background())
-	served := make(chan error, 1)
-	log := slog.New(slog.DiscardHandler)
-	go func() {
-		served <- Serve(ctx, ln, NewServer(Config{Sheds: fake, Images: fake, Info: testInfo(), HostKey: testHostKey, Log: log}), log)
-	}()
+	serve(f, ln, fake, slog.New(slog.DiscardHandler))
 	c := NewClient(ln.dial, "the server")
-	f.Cleanup(func() {
-		c.Close()
-		cancel()
-		if err := <-served; err != nil {
-			f.Error(err)
-		}
-	})
+	f.Cleanup(c.Close)
 	for pattern := range (&server{}).routes() {
 		method, path, _ := strings.Cut(pattern, " ")
 		path = strings.NewReplacer("{name}", "a", "{session}", "s", "{ref...}", "b/c").Replace(path)

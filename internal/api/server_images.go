@@ -161,13 +161,11 @@ func (s *server) saveImages(w http.ResponseWriter, r *http.Request) {
 	}
 	takesTrailers := strings.Contains(strings.ToLower(r.Header.Get("TE")), "trailers")
 	w.Header().Set("Content-Type", tarType)
-	out := &download{w: w, ctl: http.NewResponseController(w)}
-	err := s.Images.Save(r.Context(), names, out)
-	out.ctl.SetWriteDeadline(time.Time{})
+	err := s.Images.Save(r.Context(), names, w)
 	if err == nil {
 		return
 	}
-	if !out.began {
+	if !w.(*responseWriter).wrote {
 		s.fail(w, r, err)
 		return
 	}
@@ -177,19 +175,6 @@ func (s *server) saveImages(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler)
 	}
 	w.Header().Set(http.TrailerPrefix+errorTrailer, url.PathEscape(string(text)))
-}
-
-// download writes a stream to a client that may be slow, but not stall.
-type download struct {
-	w     io.Writer
-	ctl   *http.ResponseController
-	began bool
-}
-
-func (d *download) Write(p []byte) (int, error) {
-	d.began = true
-	d.ctl.SetWriteDeadline(time.Now().Add(writeTimeout))
-	return d.w.Write(p)
 }
 
 // upload carries out op, which reads the request's body, a tar of any size. The answer may

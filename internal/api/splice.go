@@ -172,7 +172,7 @@ func (b *backlog) readFrom(client io.Reader) {
 		if !b.refused {
 			b.data = append(b.data, buf[:n]...)
 		}
-		b.ended = b.ended || err != nil
+		b.ended = err != nil
 		b.changed.Broadcast()
 		b.mu.Unlock()
 		if err != nil {

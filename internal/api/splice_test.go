@@ -44,7 +44,7 @@ func (c *frozenConn) Close() error {
 func TestFrozenMachine(t *testing.T) {
 	for _, size := range []int{0, 1, agent.StdinWindow} {
 		synctest.Test(t, func(t *testing.T) {
-			ln := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+			ln := newPipeListener()
 			sheds := &frozenSheds{Fake: &apitest.Fake{}, closed: make(chan struct{}, 10)}
 			ctx, cancel := context.WithCancel(t.Context())
 			served := make(chan error, 1)

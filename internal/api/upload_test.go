@@ -123,16 +123,11 @@ func TestLoadFailsEarly(t *testing.T) {
 		return shed.Errorf(shed.CodeNoSpace, "the disk is full").WithHint("prune")
 	}}
 	for _, network := range []string{"unix", "tcp"} {
-		ln, dial := listenUnix(t)
+		listen := listenUnix
 		if network == "tcp" {
-			var err error
-			if ln, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
-				t.Fatal(err)
-			}
-			dial = func(ctx context.Context) (net.Conn, error) {
-				return new(net.Dialer).DialContext(ctx, "tcp", ln.Addr().String())
-			}
+			listen = listenTCP
 		}
+		ln, dial := listen(t)
 		serve(t, ln, fake, slog.New(slog.DiscardHandler))
 		c := NewClient(dial, "the server")
 		for range 50 {
@@ -269,7 +264,7 @@ func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 // A client that stalls doesn't hold an operation for ever; one that is slow is waited for.
 func TestStalledUpload(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ln := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		ln := newPipeListener()
 		took := make(chan error, 1)
 		fake := &apitest.Fake{Take: func(_ context.Context, r io.Reader, _ shed.Progress) error {
 			_, err := io.Copy(io.Discard, r)
@@ -303,7 +298,7 @@ func TestStalledUpload(t *testing.T) {
 // Once all is there, the work may take as long as it likes.
 func TestLongBuild(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ln := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		ln := newPipeListener()
 		fake := &apitest.Fake{Take: func(ctx context.Context, r io.Reader, _ shed.Progress) error {
 			if _, err := io.Copy(io.Discard, r); err != nil {
 				return err
@@ -328,7 +323,7 @@ func TestLongBuild(t *testing.T) {
 // A server that stops doesn't wait for a client that has more to send.
 func TestUploadShutdown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ln := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		ln := newPipeListener()
 		stop := serve(t, ln, &apitest.Fake{}, slog.New(slog.DiscardHandler))
 		c := NewClient(ln.dial, "the server")
 		stalled, ended := make(chan struct{}), make(chan error, 1)
@@ -376,6 +371,10 @@ type pipeListener struct {
 	conns  chan net.Conn
 	closed chan struct{}
 	once   sync.Once
+}
+
+func newPipeListener() *pipeListener {
+	return &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
 }
 
 func (l *pipeListener) dial(ctx context.Context) (net.Conn, error) {

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,8 +20,7 @@ type cache struct {
 	dir string
 
 	mu      sync.Mutex
-	loaded  bool
-	servers map[string]cached // as in the file, or changed since
+	servers map[string]cached // as in the file, or changed since; nil until it is read
 	changed map[string]bool
 }
 
@@ -64,8 +62,8 @@ func (c *cache) get(name, address string) cached {
 
 // load reads the file if that hasn't been done. c.mu is held.
 func (c *cache) load() {
-	if !c.loaded {
-		c.servers, c.changed, c.loaded = readCache(c.path()), map[string]bool{}, true
+	if c.servers == nil {
+		c.servers, c.changed = readCache(c.path()), map[string]bool{}
 	}
 }
 
@@ -114,7 +112,7 @@ func (c *cache) save() error {
 		return err
 	}
 	defer unlock()
-	all := maps.Clone(readCache(c.path()))
+	all := readCache(c.path())
 	for name := range c.changed {
 		all[name] = c.servers[name]
 	}

@@ -31,7 +31,7 @@ const (
 
 // Config is the client's configuration file.
 type Config struct {
-	DefaultServer string            `yaml:"default_server"`
+	DefaultServer string            `yaml:"default_server,omitempty"`
 	Servers       map[string]Server `yaml:"servers"`
 
 	path string
@@ -39,10 +39,10 @@ type Config struct {
 
 // Server says how a server is reached: Host is another machine, by SSH, and Socket is on this one.
 type Server struct {
-	Host     string `yaml:"host"`
-	HTTPPort int    `yaml:"http_port"`
-	SSHPort  int    `yaml:"ssh_port"`
-	Socket   string `yaml:"socket"`
+	Host     string `yaml:"host,omitempty"`
+	HTTPPort int    `yaml:"http_port,omitempty"`
+	SSHPort  int    `yaml:"ssh_port,omitempty"`
+	Socket   string `yaml:"socket,omitempty"`
 }
 
 // Address returns the HOST:PORT of the server's SSH server, or the path of its socket.
@@ -73,10 +73,16 @@ func (s Server) check() error {
 
 // LoadConfig reads the file called path, or the one in SHED_CONFIG, or
 // ~/.shed/config.yaml, which alone need not be there.
-func LoadConfig(path string) (*Config, error) {
+func LoadConfig(path string) (*Config, error) { return loadConfig(path, false) }
+
+// NewConfig is LoadConfig for who is about to write the file: it need not be there.
+func NewConfig(path string) (*Config, error) { return loadConfig(path, true) }
+
+// loadConfig is LoadConfig where no file need be there if optional is true.
+func loadConfig(path string, optional bool) (*Config, error) {
 	path = cmp.Or(path, os.Getenv("SHED_CONFIG"))
-	optional := path == ""
-	if optional {
+	if path == "" {
+		optional = true
 		home, err := os.UserHomeDir()
 		if err != nil {
 			return &Config{}, nil
@@ -95,16 +101,6 @@ func LoadConfig(path string) (*Config, error) {
 		return nil, shed.Errorf(shed.CodeInvalid, "the configuration can't be read: %w", err)
 	}
 	return parseConfig(path, text)
-}
-
-// NewConfig is LoadConfig for who is about to write the file: it need not be there.
-func NewConfig(path string) (*Config, error) {
-	path = cmp.Or(path, os.Getenv("SHED_CONFIG"))
-	if _, err := os.Stat(path); path == "" || !errors.Is(err, fs.ErrNotExist) {
-		return LoadConfig(path)
-	}
-	path, err := filepath.Abs(path)
-	return &Config{path: path}, err
 }
 
 func parseConfig(path string, text []byte) (*Config, error) {

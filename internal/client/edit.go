@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -29,20 +30,23 @@ func (c *Config) Add(name string, s Server) error {
 		if len(cfg.Servers) == 0 {
 			cfg.DefaultServer = name
 		}
-		cfg.Servers = maps.Clone(cfg.Servers)
 		if cfg.Servers == nil {
 			cfg.Servers = map[string]Server{}
 		}
 		cfg.Servers[name] = s
 		return nil
 	}, func(root *ast.MappingNode, cfg *Config) error {
-		entry, err := yaml.ValueToNode(yaml.MapSlice{{Key: name, Value: s.fields()}})
-		if err != nil {
-			return err
-		}
+		added := map[string]Server{name: s}
 		servers := find(root, "servers")
 		if servers == nil {
-			return add(root, "servers", yaml.MapSlice{{Key: name, Value: s.fields()}}, cfg)
+			if err := add(root, "servers", added); err != nil {
+				return err
+			}
+			return setDefault(root, cfg)
+		}
+		entry, err := yaml.ValueToNode(added)
+		if err != nil {
+			return err
 		}
 		if m, ok := servers.Value.(*ast.MappingNode); ok && len(m.Values) > 0 {
 			entry := entry.(*ast.MappingNode)
@@ -68,7 +72,6 @@ func (c *Config) Remove(name string) error {
 		if _, err := cfg.Server(name); err != nil {
 			return err
 		}
-		cfg.Servers = maps.Clone(cfg.Servers)
 		delete(cfg.Servers, name)
 		if cfg.DefaultServer == name {
 			cfg.DefaultServer = ""
@@ -78,7 +81,7 @@ func (c *Config) Remove(name string) error {
 		if servers := find(root, "servers"); servers != nil {
 			if m, ok := servers.Value.(*ast.MappingNode); ok {
 				if remove(m, name); len(m.Values) == 0 {
-					none, err := yaml.ValueToNode(yaml.MapSlice{})
+					none, err := yaml.ValueToNode(map[string]Server{})
 					if err != nil {
 						return err
 					}
@@ -112,41 +115,21 @@ func (c *Config) CanAdd(name string, s Server) error {
 		return shed.Errorf(shed.CodeConflict, "there is a server %q already, at %s", name, old.Address()).
 			WithHint("give this one another name with --name, or remove that one: shed server remove %s", name)
 	}
-	for other, old := range c.Servers {
-		if old.Address() == s.Address() {
-			return shed.Errorf(shed.CodeConflict, "the server at %s is there already, as %q", s.Address(), other).
-				WithHint("to give it another name, remove it first: shed server remove %s", other)
-		}
+	if other := c.At(s); other != "" {
+		return shed.Errorf(shed.CodeConflict, "the server at %s is there already, as %q", s.Address(), other).
+			WithHint("to give it another name, remove it first: shed server remove %s", other)
 	}
 	return nil
 }
 
-// HasAddress reports whether a server has the address of s.
-func (c *Config) HasAddress(s Server) bool {
-	for _, other := range c.Servers {
+// At returns the name of a server that has the address of s, or "".
+func (c *Config) At(s Server) string {
+	for name, other := range c.Servers {
 		if other.Address() == s.Address() {
-			return true
+			return name
 		}
 	}
-	return false
-}
-
-// fields returns what stands in the file of a server.
-func (s Server) fields() yaml.MapSlice {
-	var fields yaml.MapSlice
-	for _, f := range []struct {
-		key   string
-		value any
-		is    bool
-	}{
-		{"host", s.Host, s.Host != ""}, {"http_port", s.HTTPPort, s.HTTPPort != 0},
-		{"ssh_port", s.SSHPort, s.SSHPort != 0}, {"socket", s.Socket, s.Socket != ""},
-	} {
-		if f.is {
-			fields = append(fields, yaml.MapItem{Key: f.key, Value: f.value})
-		}
-	}
-	return fields
+	return ""
 }
 
 // edit changes the file, which it reads anew: change says what is to become of the configuration, and write
@@ -207,15 +190,7 @@ func rewrite(text []byte, want *Config, write func(*ast.MappingNode, *Config) er
 		}
 	}
 	if root == nil { // nothing but comments, and perhaps a ---
-		value := yaml.MapSlice{}
-		if want.DefaultServer != "" {
-			value = append(value, yaml.MapItem{Key: "default_server", Value: want.DefaultServer})
-		}
-		servers := yaml.MapSlice{}
-		for name, s := range want.Servers {
-			servers = append(servers, yaml.MapItem{Key: name, Value: s.fields()})
-		}
-		added, err := yaml.Marshal(append(value, yaml.MapItem{Key: "servers", Value: servers}))
+		added, err := yaml.Marshal(want)
 		if err != nil {
 			return nil, err
 		}
@@ -244,25 +219,17 @@ func find(m *ast.MappingNode, key string) *ast.MappingValueNode {
 }
 
 func remove(m *ast.MappingNode, key string) {
-	for i, v := range m.Values {
-		if v.Key.GetToken().Value == key {
-			m.Values = append(m.Values[:i:i], m.Values[i+1:]...)
-			return
-		}
-	}
+	m.Values = slices.DeleteFunc(m.Values, func(v *ast.MappingValueNode) bool { return v.Key.GetToken().Value == key })
 }
 
 // add adds what is missing at the end of the file.
-func add(root *ast.MappingNode, key string, value any, cfg *Config) error {
-	node, err := yaml.ValueToNode(yaml.MapSlice{{Key: key, Value: value}})
+func add(root *ast.MappingNode, key string, value any) error {
+	node, err := yaml.ValueToNode(map[string]any{key: value})
 	if err != nil {
 		return err
 	}
 	root.Merge(node.(*ast.MappingNode))
-	if key == "default_server" {
-		return nil
-	}
-	return setDefault(root, cfg)
+	return nil
 }
 
 // setDefault has the text name the default server that cfg has.
@@ -273,7 +240,7 @@ func setDefault(root *ast.MappingNode, cfg *Config) error {
 		remove(root, "default_server")
 		return nil
 	case old == nil:
-		return add(root, "default_server", cfg.DefaultServer, cfg)
+		return add(root, "default_server", cfg.DefaultServer)
 	}
 	node, err := yaml.ValueToNode(cfg.DefaultServer)
 	if err != nil {

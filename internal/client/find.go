@@ -63,12 +63,11 @@ func (l *Lookup) ask(name string, needed <-chan struct{}) {
 	}
 	ctx, cancel := l.s.WithTimeout(l.s.ctx, lookupTimeout)
 	defer cancel()
-	var a answer
 	sheds, err := l.s.List(ctx, name)
 	if err != nil && errors.Is(context.Cause(ctx), context.DeadlineExceeded) {
 		err = fmt.Errorf("no answer within %s", lookupTimeout)
 	}
-	a.err = err
+	a := answer{err: err}
 	for _, sh := range sheds {
 		a.sheds = append(a.sheds, sh.Name)
 	}
@@ -201,8 +200,7 @@ func (l *Lookup) decide(name string, st state) (string, error) {
 		}
 		if !failed {
 			err = errors.New("no answer yet")
-			known.Silent = true
-			l.s.cache.set(server, known)
+			l.s.cache.silent(server, known.Address)
 		}
 		without = append(without, fmt.Sprintf("%s: %v", server, err))
 	}
@@ -214,11 +212,7 @@ func (l *Lookup) decide(name string, st state) (string, error) {
 	case len(st.owners) == 1:
 		return st.owners[0], nil
 	case len(had) == 1:
-		err := shed.Errorf(shed.CodeUnreachable, "shed %s is on the server %q, which does not answer: %w", name, had[0], st.failed[had[0]])
-		if hint := shed.ErrorHint(st.failed[had[0]]); hint != "" {
-			err = err.WithHint("%s", hint)
-		}
-		return "", err
+		return "", shed.Errorf(shed.CodeUnreachable, "shed %s is on the server %q, which does not answer: %w", name, had[0], st.failed[had[0]])
 	case len(without) == len(l.s.Config.Names()):
 		return "", shed.Errorf(shed.CodeUnreachable, "no server answers: %s", strings.Join(without, "; ")).
 			WithHint("`shed server list` shows what is the matter with each")

@@ -19,17 +19,13 @@ func two(t *testing.T) (a, b *testServer, all map[string]Server) {
 	t.Helper()
 	home(t)
 	a, b = newServer(t), newServer(t)
-	dir, err := os.MkdirTemp("", "mute")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	mute, err := net.Listen("unix", filepath.Join(dir, "s"))
+	socket := filepath.Join(socketDir(t), "s")
+	mute, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { mute.Close() })
-	return a, b, map[string]Server{"a": {Socket: a.socket}, "b": {Socket: b.socket}, "c": {Socket: filepath.Join(dir, "s")}}
+	return a, b, map[string]Server{"a": {Socket: a.socket}, "b": {Socket: b.socket}, "c": {Socket: socket}}
 }
 
 func wantFind(t *testing.T, l *Lookup, name, server string, code shed.Code, parts ...string) {

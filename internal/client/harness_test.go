@@ -81,6 +81,17 @@ func write(t *testing.T, path, text string) {
 	}
 }
 
+// socketDir makes a directory whose path is short enough for a socket in it.
+func socketDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "client")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
 // testServer is an SSH server with the HTTP API of a fake inside.
 type testServer struct {
 	*apitest.Fake
@@ -94,11 +105,7 @@ type testServer struct {
 
 func newServer(t *testing.T, authorized ...string) *testServer {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "client") // short: a socket is in it
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := socketDir(t)
 	s := &testServer{Fake: &apitest.Fake{}, t: t, host: signerOf(t, newKey(t)), keys: filepath.Join(dir, "keys"), socket: filepath.Join(dir, "s")}
 	s.authorize(authorized...)
 	l, err := net.Listen("unix", s.socket)

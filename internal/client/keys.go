@@ -77,8 +77,7 @@ func (k *keyring) signers(ctx context.Context, s settings) (signers []ssh.Signer
 	}
 	signers = named
 	for _, h := range held {
-		isNamed := slices.ContainsFunc(inFiles, func(p ssh.PublicKey) bool { return sameKey(plainKey(h.PublicKey()), p) })
-		if !s.identitiesOnly && !isNamed {
+		if !s.identitiesOnly && !hasKey(inFiles, plainKey(h.PublicKey())) {
 			signers = append(signers, h)
 		}
 	}
@@ -87,6 +86,10 @@ func (k *keyring) signers(ctx context.Context, s settings) (signers []ssh.Signer
 }
 
 func sameKey(a, b ssh.PublicKey) bool { return bytes.Equal(a.Marshal(), b.Marshal()) }
+
+func hasKey(keys []ssh.PublicKey, key ssh.PublicKey) bool {
+	return slices.ContainsFunc(keys, func(k ssh.PublicKey) bool { return sameKey(k, key) })
+}
 
 // plainKey returns the key that a certificate is for, and any other key as it is.
 func plainKey(key ssh.PublicKey) ssh.PublicKey {
@@ -205,6 +208,11 @@ func (k *lockedKey) SignWithAlgorithm(rand io.Reader, data []byte, algorithm str
 	if err != nil {
 		return nil, err
 	}
+	return sign(signer, rand, data, algorithm)
+}
+
+// sign signs with algorithm where the signer has a choice.
+func sign(signer ssh.Signer, rand io.Reader, data []byte, algorithm string) (*ssh.Signature, error) {
 	if a, ok := signer.(ssh.AlgorithmSigner); ok {
 		return a.SignWithAlgorithm(rand, data, algorithm)
 	}

@@ -83,18 +83,13 @@ func TestPassphrase(t *testing.T) {
 // startAgent starts an agent with keys.
 func startAgent(t *testing.T, keys ...agent.AddedKey) (socket string) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "agent")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
 	ring := agent.NewKeyring()
 	for _, k := range keys {
 		if err := ring.Add(k); err != nil {
 			t.Fatal(err)
 		}
 	}
-	socket = filepath.Join(dir, "s")
+	socket = filepath.Join(socketDir(t), "s")
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)

@@ -1,8 +1,6 @@
 package client
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"slices"
 	"strings"
@@ -53,10 +51,8 @@ func differing(about, others []byte, host string) (options []string) {
 
 // valuesOf returns the values of keyword in what `ssh -G` prints.
 func valuesOf(text []byte, keyword string) (values []string) {
-	scanner := bufio.NewScanner(bytes.NewReader(text))
-	scanner.Buffer(nil, maxSettings)
-	for scanner.Scan() {
-		if key, value, ok := strings.Cut(scanner.Text(), " "); ok && strings.EqualFold(key, keyword) {
+	for key, value := range optionsIn(text) {
+		if strings.EqualFold(key, keyword) {
 			values = append(values, value)
 		}
 	}

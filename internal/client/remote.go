@@ -71,10 +71,8 @@ func (r *remote) pinned(file, addr string) error {
 }
 
 func checkPinned(name, label, addr, file string, pinned []ssh.PublicKey, key ssh.PublicKey) error {
-	for _, p := range pinned {
-		if sameKey(p, key) {
-			return nil
-		}
+	if hasKey(pinned, key) {
+		return nil
 	}
 	host, port, _ := net.SplitHostPort(addr)
 	again := "shed server add " + host + " --name " + name + " --ssh-port " + port
@@ -175,18 +173,15 @@ func (r *remote) run(l *link) {
 		return
 	}
 	ctx, cancel := context.WithCancel(r.ctx)
-	var parts sync.WaitGroup
-	defer parts.Wait()
-	defer cancel()
-	defer context.AfterFunc(ctx, func() { l.conn.Close() })()
-	parts.Go(func() { r.watch(ctx, l) })
+	var watching sync.WaitGroup
+	watching.Go(func() { r.watch(ctx, l) })
 	l.client.Wait()
-	l.conn.failed.Store(true)
-	l.conn.Close()
+	cancel()
+	watching.Wait()
 }
 
-// watch gives the connection up when the server gives no sign of life. Intervals are counted, and not the time: this
-// machine may have slept.
+// watch closes the connection when ctx ends, or when the server gives no sign of life. Intervals are counted, and not
+// the time: this machine may have slept.
 func (r *remote) watch(ctx context.Context, l *link) {
 	tick := time.NewTicker(r.keepAlive)
 	defer tick.Stop()
@@ -352,23 +347,16 @@ type loginKey struct {
 
 func (k *loginKey) PublicKey() ssh.PublicKey {
 	public := k.Signer.PublicKey()
-	for _, p := range k.a.offered {
-		if sameKey(p, public) {
-			return public
-		}
+	if !hasKey(k.a.offered, public) {
+		k.a.offered = append(k.a.offered, public)
 	}
-	k.a.offered = append(k.a.offered, public)
 	return public
 }
 
 func (k *loginKey) SignWithAlgorithm(rand io.Reader, data []byte, algorithm string) (sig *ssh.Signature, err error) {
 	k.limit(false)
 	defer k.limit(true)
-	if s, ok := k.Signer.(ssh.AlgorithmSigner); ok {
-		sig, err = s.SignWithAlgorithm(rand, data, algorithm)
-	} else {
-		sig, err = k.Signer.Sign(rand, data)
-	}
+	sig, err = sign(k.Signer, rand, data, algorithm)
 	k.a.locked = err
 	return sig, err
 }

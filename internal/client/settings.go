@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"net"
 	"os"
 	"os/exec"
@@ -95,20 +96,31 @@ func (b *limitedBuffer) Write(p []byte) (int, error) {
 	return b.Buffer.Write(p)
 }
 
+// optionsIn yields the keywords, in lower case, in what `ssh -G` prints, and their values.
+func optionsIn(text []byte) iter.Seq2[string, string] {
+	return func(yield func(string, string) bool) {
+		scanner := bufio.NewScanner(bytes.NewReader(text))
+		scanner.Buffer(nil, maxSettings)
+		for scanner.Scan() {
+			key, value, ok := strings.Cut(scanner.Text(), " ")
+			if ok && !yield(strings.ToLower(key), value) {
+				return
+			}
+		}
+	}
+}
+
 // parseSettings reads what `ssh -G` prints about host.
 func parseSettings(text []byte, host string, port int) settings {
 	s := settings{hostName: host, agent: os.Getenv("SSH_AUTH_SOCK")}
 	var identities, certificates []string
 	var proxyCommand, proxyJump string
-	scanner := bufio.NewScanner(bytes.NewReader(text))
-	scanner.Buffer(nil, maxSettings)
-	for scanner.Scan() {
-		key, value, _ := strings.Cut(scanner.Text(), " ")
+	for key, value := range optionsIn(text) {
 		value = strings.TrimSpace(value)
 		if value == "" || strings.ContainsRune(value, 0) {
 			continue
 		}
-		switch strings.ToLower(key) {
+		switch key {
 		case "hostname":
 			if isHost(value) {
 				s.hostName = value

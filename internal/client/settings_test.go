@@ -98,15 +98,22 @@ func TestLoadSettings(t *testing.T) {
 	}
 }
 
-// OpenSSH's own words are understood.
-func TestRealSettings(t *testing.T) {
+// realSSH gives the test a home directory, and an OpenSSH that reads the file called config instead of the user's.
+func realSSH(t *testing.T) (dir, config string) {
+	t.Helper()
 	real, err := exec.LookPath("ssh")
 	if err != nil {
 		t.Fatalf("this test needs OpenSSH's client (package openssh-client): %v", err)
 	}
-	dir, _ := home(t)
-	config := filepath.Join(dir, "config")
+	dir, _ = home(t)
+	config = filepath.Join(dir, "config")
 	fakeSSH(t, fmt.Sprintf("exec %s -F %s \"$@\"\n", real, config))
+	return dir, config
+}
+
+// OpenSSH's own words are understood.
+func TestRealSettings(t *testing.T) {
+	dir, config := realSSH(t)
 	write(t, config, "Host h\n  HostName there.example\n  IdentityFile ~/.ssh/mine\n  IdentitiesOnly yes\n  IdentityAgent none\n  ProxyJump j1,me@j2:7\n  Port 99\n")
 	got, err := loadSettings(t.Context(), "h", 2222)
 	want := settings{
@@ -168,12 +175,7 @@ func FuzzSettings(f *testing.F) {
 
 // What the user's configuration says about a host, as real ssh reads it, and about no other is what its other names need too.
 func TestHostOptions(t *testing.T) {
-	real, err := exec.LookPath("ssh")
-	if err != nil {
-		t.Fatalf("this test needs OpenSSH's client (package openssh-client): %v", err)
-	}
-	dir, _ := home(t)
-	config := filepath.Join(dir, "config")
+	_, config := realSSH(t)
 	write(t, config, `
 Host home
   HostName 100.64.0.7
@@ -186,7 +188,6 @@ Host *
   IdentityFile ~/.ssh/everywhere
   ServerAliveInterval 7
 `)
-	fakeSSH(t, fmt.Sprintf("exec %s -F %s \"$@\"\n", real, config))
 	for host, want := range map[string][]string{
 		"home":    {"HostName 100.64.0.7", `IdentityFile "~/.ssh/home key"`, "IdentityFile ~/.ssh/everywhere", "ProxyJump jump.example"},
 		"Plain":   nil,

@@ -152,7 +152,7 @@ func (s *Store) unlisted(ref string) (v1.Descriptor, error) {
 func noImage(ref string, tags []string) error {
 	err := shed.Errorf(shed.CodeNoImage, "there is no image %q", ref)
 	if len(tags) == 0 {
-		return err.WithHint("there are no images yet: `shed image build base` makes the first one")
+		return err.WithHint("no image here has a name: `shed image ls` shows what there is, and `shed image build base` makes what sheds have by default")
 	}
 	slices.Sort(tags)
 	const most = 10

@@ -3,6 +3,7 @@ package sshconfig
 import (
 	"bytes"
 	"fmt"
+	"slices"
 )
 
 // Diff returns the change in unified format, without lines of context: what the user has in
@@ -17,8 +18,7 @@ func (c Change) Diff() string {
 		}
 		return c.File
 	}
-	a, b := bytes.SplitAfter(c.Before, []byte("\n")), bytes.SplitAfter(c.After, []byte("\n"))
-	a, b = a[:len(a)-lastEmpty(a)], b[:len(b)-lastEmpty(b)]
+	a, b := slices.Collect(bytes.Lines(c.Before)), slices.Collect(bytes.Lines(c.After))
 	same := 0
 	for same < len(a) && same < len(b) && bytes.Equal(a[same], b[same]) {
 		same++
@@ -42,14 +42,6 @@ func (c Change) Diff() string {
 		}
 	}
 	return out.String()
-}
-
-// lastEmpty is 1 if the last part is empty, as that behind a newline at the end is.
-func lastEmpty(parts [][]byte) int {
-	if len(parts[len(parts)-1]) == 0 {
-		return 1
-	}
-	return 0
 }
 
 // lines says which lines part is, of those that come after the first n.

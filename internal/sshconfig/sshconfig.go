@@ -64,11 +64,12 @@ func NewHost(server, name string, at Address) (Host, error) {
 	}
 	h := Host{Server: server, Shed: name}
 	for _, option := range at.Options {
-		if keyword, _, ok := strings.Cut(option, " "); !ok || !keywordRE.MatchString(keyword) || strings.ContainsFunc(option, isControl) {
+		keyword, _, ok := strings.Cut(option, " ")
+		if !ok || !keywordRE.MatchString(keyword) || strings.ContainsFunc(option, isControl) {
 			return Host{}, shed.Errorf(shed.CodeInvalid, "%.80q is no option of ssh", option)
 		}
 		h.options = append(h.options, option)
-		if keyword, _, _ := strings.Cut(option, " "); strings.EqualFold(keyword, "HostName") {
+		if strings.EqualFold(keyword, "HostName") {
 			h.options = append(h.options, "HostKeyAlias "+hostKeyAlias(at))
 		}
 	}

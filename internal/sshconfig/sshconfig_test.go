@@ -197,7 +197,6 @@ func TestOthersUnchanged(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			path := filepath.Join(dir, "config")
-			write(t, path, text)
 			write(t, filepath.Join(dir, "included"), "User inc\nHost other\n  Port 25\n")
 			text = strings.Replace(text, "Include included", "Include "+dir+"/included", 1)
 			write(t, path, text)

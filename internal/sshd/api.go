@@ -40,12 +40,7 @@ func (c *connection) directAPI(ctx context.Context, nch ssh.NewChannel) {
 		nch.Reject(ssh.ConnectionFailed, "the server's HTTP API does not answer: "+err.Error())
 		return
 	}
-	ch, requests, err := nch.Accept()
-	if err != nil {
-		conn.Close()
-		return
-	}
-	relay(ctx, ch, requests, conn)
+	join(ctx, nch, conn)
 }
 
 // mayUseAPI returns an error for a key that may not do everything: what its line or its certificate

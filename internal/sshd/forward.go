@@ -53,12 +53,7 @@ func (c *connection) direct(ctx context.Context, nch ssh.NewChannel, to shed.End
 		nch.Reject(ssh.ConnectionFailed, err.Error())
 		return
 	}
-	ch, requests, err := nch.Accept()
-	if err != nil {
-		conn.Close()
-		return
-	}
-	relay(ctx, ch, requests, conn)
+	join(ctx, nch, conn)
 }
 
 // listenTCP listens in the shed and has connections there end with the client. It returns what the
@@ -227,6 +222,16 @@ func (c *connection) accept(ctx context.Context, l net.Conn, channelType string,
 
 // drainTimeout is how long what a client has sent before it closed a channel may take to arrive.
 const drainTimeout = 10 * time.Second
+
+// join accepts nch and relays between it and conn, which it closes.
+func join(ctx context.Context, nch ssh.NewChannel, conn net.Conn) {
+	ch, requests, err := nch.Accept()
+	if err != nil {
+		conn.Close()
+		return
+	}
+	relay(ctx, ch, requests, conn)
+}
 
 // relay carries bytes between ch and conn, and the end of each direction, until both have ended,
 // one has failed, the client has closed ch, or ctx is done. It closes both.

@@ -123,10 +123,7 @@ func FuzzPackets(f *testing.F) {
 		}
 		f.Add(b)
 	}
-	open := message(msgChannelOpen, struct {
-		Type              string
-		ID, Window, Limit uint32
-	}{"session", 0, 1 << 20, 1 << 15})
+	open := message(msgChannelOpen, channelOpen{"session", 0, 1 << 20, 1 << 15})
 	add(open, []byte{msgChannelData, 0, 0, 0, 0, 0, 0, 0, 1, 'x'}, []byte{msgChannelClose, 0, 0, 0, 0})
 	add(open, []byte{msgWindowAdjust, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff})
 	add(kexInitPayload(), []byte{msgECDHInit, 0, 0, 0, 0})

@@ -139,28 +139,22 @@ func TestMalformedLogins(t *testing.T) {
 	ts.mustDial("box").Close()
 	before := usageNow(t)
 	service := message(msgServiceRequest, struct{ S string }{"ssh-userauth"})
-	type request struct {
-		User, Service, Method string
-		Signed                bool
-		Algorithm             string
-		Key                   []byte
-	}
-	login := func(r request) []byte { return message(msgUserauth, r) }
+	login := func(r loginRequest) []byte { return message(msgUserauth, r) }
 	key := ts.signer.PublicKey().Marshal()
 	const hostile = "\x1b[31m\r\nlevel=ERROR msg=\"forged\"\x00\a\u202e\x7f"
 	for name, packets := range map[string][][]byte{
 		"no service":            {message(msgServiceRequest, struct{ S string }{hostile})},
-		"a name of controls":    {service, login(request{hostile, "ssh-connection", "publickey", false, ssh.KeyAlgoED25519, key})},
-		"a method of controls":  {service, login(request{"box", "ssh-connection", hostile, false, "", nil})},
-		"a service of controls": {service, login(request{"box", hostile, "publickey", false, "", nil})},
-		"another algorithm":     {service, login(request{"box", "ssh-connection", "publickey", true, hostile, key})},
-		"a name of 200 KB":      {service, login(request{strings.Repeat("\x1b", 200<<10), "ssh-connection", "publickey", false, ssh.KeyAlgoED25519, key})},
-		"a key of 200 KB":       {service, login(request{"box", "ssh-connection", "publickey", false, ssh.KeyAlgoED25519, make([]byte, 200<<10)})},
-		"a packet of 10 MB":     {service, login(request{User: strings.Repeat("x", 10<<20)})},
-		"no signature":          {service, login(request{"box", "ssh-connection", "publickey", true, ssh.KeyAlgoED25519, key})},
-		"a wrong signature": {service, append(login(request{"box", "ssh-connection", "publickey", true, ssh.KeyAlgoED25519, key}),
+		"a name of controls":    {service, login(loginRequest{hostile, "ssh-connection", "publickey", false, ssh.KeyAlgoED25519, key})},
+		"a method of controls":  {service, login(loginRequest{"box", "ssh-connection", hostile, false, "", nil})},
+		"a service of controls": {service, login(loginRequest{"box", hostile, "publickey", false, "", nil})},
+		"another algorithm":     {service, login(loginRequest{"box", "ssh-connection", "publickey", true, hostile, key})},
+		"a name of 200 KB":      {service, login(loginRequest{strings.Repeat("\x1b", 200<<10), "ssh-connection", "publickey", false, ssh.KeyAlgoED25519, key})},
+		"a key of 200 KB":       {service, login(loginRequest{"box", "ssh-connection", "publickey", false, ssh.KeyAlgoED25519, make([]byte, 200<<10)})},
+		"a packet of 10 MB":     {service, login(loginRequest{User: strings.Repeat("x", 10<<20)})},
+		"no signature":          {service, login(loginRequest{"box", "ssh-connection", "publickey", true, ssh.KeyAlgoED25519, key})},
+		"a wrong signature": {service, append(login(loginRequest{"box", "ssh-connection", "publickey", true, ssh.KeyAlgoED25519, key}),
 			ssh.Marshal(struct{ S []byte }{ssh.Marshal(ssh.Signature{Format: ssh.KeyAlgoED25519, Blob: make([]byte, 64)})})...)},
-		"a certificate of nothing": {service, login(request{"box", "ssh-connection", "publickey", true, ssh.CertAlgoED25519v01, ssh.Marshal(struct{ S string }{ssh.CertAlgoED25519v01})})},
+		"a certificate of nothing": {service, login(loginRequest{"box", "ssh-connection", "publickey", true, ssh.CertAlgoED25519v01, ssh.Marshal(struct{ S string }{ssh.CertAlgoED25519v01})})},
 		"nothing of a request":     {service, {msgUserauth}},
 		"a channel":                {service, message(msgChannelOpen, struct{ A string }{"session"})},
 		"an unknown message":       {{255, 1, 2, 3}},
@@ -169,8 +163,8 @@ func TestMalformedLogins(t *testing.T) {
 		"many services":         slices.Repeat([][]byte{service}, 1000),
 		"many short packets":    slices.Repeat([][]byte{{0xee}}, 1000),
 		"many empty requests":   append([][]byte{service}, slices.Repeat([][]byte{{msgUserauth}}, 1000)...),
-		"many requests":         append([][]byte{service}, slices.Repeat([][]byte{login(request{"box", "ssh-connection", "x", false, "", nil})}, 1000)...),
-		"many large requests":   append([][]byte{service}, slices.Repeat([][]byte{login(request{"box", "ssh-connection", "x", false, "", make([]byte, 100<<10)})}, 50)...),
+		"many requests":         append([][]byte{service}, slices.Repeat([][]byte{login(loginRequest{"box", "ssh-connection", "x", false, "", nil})}, 1000)...),
+		"many large requests":   append([][]byte{service}, slices.Repeat([][]byte{login(loginRequest{"box", "ssh-connection", "x", false, "", make([]byte, 100<<10)})}, 50)...),
 		"a new exchange, often": append([][]byte{service}, slices.Repeat([][]byte{kexInitPayload(), {0xee}}, 100)...),
 	} {
 		c, err := dialRawClient(ts.addr)
@@ -212,10 +206,7 @@ func TestMalformedLogins(t *testing.T) {
 
 // openChannel opens a session and returns the server's number of it.
 func (c *rawClient) openChannel(window uint32) (uint32, error) {
-	if err := c.send(message(msgChannelOpen, struct {
-		Type              string
-		ID, Window, Limit uint32
-	}{"session", 0, window, 1 << 15})); err != nil {
+	if err := c.send(message(msgChannelOpen, channelOpen{"session", 0, window, 1 << 15})); err != nil {
 		return 0, err
 	}
 	reply, err := c.receive(msgChannelOpened)
@@ -227,10 +218,7 @@ func (c *rawClient) openChannel(window uint32) (uint32, error) {
 
 // ping returns an error if the server doesn't serve the connection any more.
 func (c *rawClient) ping() error {
-	if err := c.send(message(msgGlobalRequest, struct {
-		Type  string
-		Reply bool
-	}{keepAliveRequest, true})); err != nil {
+	if err := c.send(message(msgGlobalRequest, globalRequest{keepAliveRequest, true})); err != nil {
 		return err
 	}
 	_, err := c.receive(msgRequestSuccess)
@@ -240,6 +228,8 @@ func (c *rawClient) ping() error {
 // Clients that are logged in can send what they like, too: it costs them their connection at most.
 func TestMalformedPackets(t *testing.T) {
 	ts := newTestServer(t)
+	ts.mustDial("box").Close()
+	before := usageNow(t)
 	other := ts.mustDial("box")
 	probe := func() error {
 		_, _, err := other.SendRequest(keepAliveRequest, true, nil)
@@ -248,7 +238,6 @@ func TestMalformedPackets(t *testing.T) {
 	if err := probe(); err != nil {
 		t.Fatal(err)
 	}
-	before := usageNow(t)
 	u32 := binary.BigEndian.AppendUint32
 	onChannel := func(number byte, id uint32, rest ...byte) []byte { return append(u32([]byte{number}, id), rest...) }
 	exec := func(id uint32, script string) []byte {
@@ -267,18 +256,8 @@ func TestMalformedPackets(t *testing.T) {
 			Name, Value string
 		}{id, "env", false, name, value})
 	}
-	repeat := func(n int, p []byte) (all [][]byte) {
-		for range n {
-			all = append(all, p)
-		}
-		return all
-	}
-	global := func(kind string, reply bool) []byte {
-		return message(msgGlobalRequest, struct {
-			Type  string
-			Reply bool
-		}{kind, reply})
-	}
+	repeat := func(n int, p []byte) [][]byte { return slices.Repeat([][]byte{p}, n) }
+	global := func(kind string, reply bool) []byte { return message(msgGlobalRequest, globalRequest{kind, reply}) }
 	data := func(id uint32, n int) []byte {
 		return onChannel(msgChannelData, id, append(u32(nil, uint32(n)), make([]byte, n)...)...)
 	}
@@ -335,16 +314,10 @@ func TestMalformedPackets(t *testing.T) {
 			}{id, "pty-req", true, "\x1b[31m", math.MaxUint32, math.MaxUint32, 1, 1, junk}), exec(id, "true")}
 		}, true},
 		"channels without end": {func(uint32) [][]byte {
-			return repeat(2000, message(msgChannelOpen, struct {
-				Type              string
-				ID, Window, Limit uint32
-			}{"\x1b]0;x\a", 5, 0, 1 << 15}))
+			return repeat(2000, message(msgChannelOpen, channelOpen{"\x1b]0;x\a", 5, 0, 1 << 15}))
 		}, true},
 		"a channel of packets of no bytes": {func(uint32) [][]byte {
-			return [][]byte{message(msgChannelOpen, struct {
-				Type              string
-				ID, Window, Limit uint32
-			}{"session", 5, 0, 0})}
+			return [][]byte{message(msgChannelOpen, channelOpen{"session", 5, 0, 0})}
 		}, false},
 		"a second key exchange of garbage": {func(uint32) [][]byte { return [][]byte{{msgKexInit}, {1, 2, 3}} }, false},
 		"keys without an exchange":         {func(uint32) [][]byte { return [][]byte{{msgNewKeys}} }, false},
@@ -393,6 +366,7 @@ func TestMalformedPackets(t *testing.T) {
 			t.Fatalf("after %s, another connection: %v", name, err)
 		}
 	}
+	other.Close()
 	awaitUsage(t, before)
 	ts.checkLog()
 }

@@ -182,9 +182,8 @@ type logBudget struct {
 	every time.Duration // one more
 
 	mu         sync.Mutex
-	lines      int // that may be written now
-	filled     time.Time
-	suppressed int // since the last line
+	full       time.Time // when burst lines may be written again
+	suppressed int       // since the last line
 }
 
 // take reports whether one more line may be written, and how many were not since the last.
@@ -192,16 +191,12 @@ func (b *logBudget) take() (ok bool, suppressed int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	now := time.Now()
-	if b.filled.IsZero() || now.Sub(b.filled) >= time.Duration(b.burst)*b.every {
-		b.lines, b.filled = b.burst, now
-	} else if n := now.Sub(b.filled) / b.every; n > 0 {
-		b.lines, b.filled = min(b.lines+int(n), b.burst), b.filled.Add(n*b.every)
-	}
-	if b.lines == 0 {
+	spent := max(b.full.Sub(now), 0) + b.every
+	if spent > time.Duration(b.burst)*b.every {
 		b.suppressed++
 		return false, 0
 	}
-	b.lines--
+	b.full = now.Add(spent)
 	suppressed, b.suppressed = b.suppressed, 0
 	return true, suppressed
 }

@@ -90,7 +90,7 @@ func (c *rawClient) exchangeKeys(version, server string) error {
 		return err
 	}
 	public := key.PublicKey().Bytes()
-	if err := c.send(append([]byte{msgECDHInit}, ssh.Marshal(struct{ Q []byte }{public})...)); err != nil {
+	if err := c.send(message(msgECDHInit, struct{ Q []byte }{public})); err != nil {
 		return err
 	}
 	reply, err := c.receive(msgECDHInit + 1)
@@ -141,7 +141,7 @@ func (c *rawClient) exchangeKeys(version, server string) error {
 
 // kexInitPayload offers one way only.
 func kexInitPayload() []byte {
-	return append([]byte{msgKexInit}, ssh.Marshal(struct {
+	return message(msgKexInit, struct {
 		Cookie                                 [16]byte
 		Kex, HostKey, CipherOut, CipherIn      []string
 		MACOut, MACIn, CompressOut, CompressIn []string
@@ -153,7 +153,7 @@ func kexInitPayload() []byte {
 		CipherOut: []string{"aes128-ctr"}, CipherIn: []string{"aes128-ctr"},
 		MACOut: []string{"hmac-sha2-256"}, MACIn: []string{"hmac-sha2-256"},
 		CompressOut: []string{"none"}, CompressIn: []string{"none"},
-	})...)
+	})
 }
 
 // send sends a packet.
@@ -230,20 +230,22 @@ func (c *rawClient) receiveAny() ([]byte, error) {
 	return packet[5:end], nil
 }
 
+// loginRequest is the body of msgUserauth, without the signature.
+type loginRequest struct {
+	User, Service, Method string
+	Signed                bool
+	Algorithm             string
+	Key                   []byte
+}
+
 // logIn authenticates as user with key.
 func (c *rawClient) logIn(user string, key ssh.Signer) error {
-	if err := c.send(append([]byte{msgServiceRequest}, ssh.Marshal(struct{ S string }{"ssh-userauth"})...)); err != nil {
+	if err := c.send(message(msgServiceRequest, struct{ S string }{"ssh-userauth"})); err != nil {
 		return err
 	}
-	type request struct {
-		User, Service, Method string
-		Signed                bool
-		Algorithm             string
-		Key                   []byte
-	}
-	body := append([]byte{msgUserauth}, ssh.Marshal(request{
+	body := message(msgUserauth, loginRequest{
 		user, "ssh-connection", "publickey", true, key.PublicKey().Type(), key.PublicKey().Marshal(),
-	})...)
+	})
 	signature, err := key.Sign(rand.Reader, append(ssh.Marshal(struct{ S []byte }{c.session}), body...))
 	if err != nil {
 		return err
@@ -253,6 +255,18 @@ func (c *rawClient) logIn(user string, key ssh.Signer) error {
 	}
 	_, err = c.receive(msgUserauthOK)
 	return err
+}
+
+// channelOpen is the body of msgChannelOpen.
+type channelOpen struct {
+	Type              string
+	ID, Window, Limit uint32
+}
+
+// globalRequest is the body of msgGlobalRequest.
+type globalRequest struct {
+	Type  string
+	Reply bool
 }
 
 // message returns a message: its number and fields as ssh.Marshal has them.

@@ -118,8 +118,7 @@ func TestNoFilesLeft(t *testing.T) {
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &low); err != nil {
 		t.Fatal(err)
 	}
-	restore := sync.OnceFunc(func() { syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit) })
-	defer restore()
+	defer syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
 	var conns []net.Conn
 	for {
 		conn, err := net.Dial("tcp", ts.addr)

@@ -30,10 +30,7 @@ func LoadProfiles(file string) (*Profiles, error) {
 	}
 	var doc struct {
 		Profiles map[string]struct {
-			Ports []struct {
-				Local  int `yaml:"local"`
-				Remote int `yaml:"remote"`
-			} `yaml:"ports"`
+			Ports []Port `yaml:"ports"`
 		} `yaml:"profiles"`
 	}
 	if err := strictyaml.Decode(file, text, &doc); err != nil {
@@ -45,19 +42,18 @@ func LoadProfiles(file string) (*Profiles, error) {
 				WithHint("write ports: [{local: 3000, remote: 3000}]")
 		}
 		for _, port := range profile.Ports {
-			q := Port{Local: port.Local, Remote: port.Remote}
-			if q.Remote == 0 {
-				q.Remote = q.Local
+			if port.Remote == 0 {
+				port.Remote = port.Local
 			}
-			if q.Local == 0 {
+			if port.Local == 0 {
 				err = shed.Errorf(shed.CodeInvalid, "a port needs local:").WithHint("write {local: 3000, remote: 3000}")
 			} else {
-				err = q.check()
+				err = port.check()
 			}
 			if err != nil {
 				return nil, shed.Errorf(shed.CodeInvalid, "%s: profile %q: %w", file, name, err)
 			}
-			p.ports[name] = append(p.ports[name], q)
+			p.ports[name] = append(p.ports[name], port)
 		}
 	}
 	return p, nil

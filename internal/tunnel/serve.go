@@ -48,7 +48,7 @@ type forwarder struct {
 	mu      sync.Mutex
 	status  Status
 	since   time.Time // when the status has changed
-	refused []string  // why each port's last connection failed, or ""
+	refused []string  // why nothing in the shed took each port's last connection, or ""
 }
 
 // Serve forwards connections until ctx is done, and returns when all have ended. It reports, a line each, when the
@@ -214,15 +214,14 @@ func (f *forwarder) count(i, by int) {
 // refuse reports why connections to port i fail, once until one doesn't.
 func (f *forwarder) refuse(i int, err error) {
 	reason := ""
-	if err != nil {
+	if shed.ErrorCode(err) == shed.CodeConnect { // what holds for all ports is reported by note
 		reason = err.Error()
 	}
 	f.mu.Lock()
 	changed := f.refused[i] != reason
 	f.refused[i] = reason
 	f.mu.Unlock()
-	// What holds for all ports is reported by note.
-	if changed && shed.ErrorCode(err) == shed.CodeConnect {
+	if changed && reason != "" {
 		f.report("localhost:%d: %s", f.claim.Record.Ports[i].Local, reason)
 	}
 }

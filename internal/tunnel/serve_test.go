@@ -141,7 +141,7 @@ func TestManyConnections(t *testing.T) {
 	if open := tun.status().Connections[0]; open != n {
 		t.Errorf("%d connections", open)
 	}
-	// One question is enough for those that come while it is asked.
+	// It isn't asked before each connection.
 	if mu.Lock(); gets > n {
 		t.Errorf("the server was asked %d times how the shed is", gets)
 	}

@@ -16,8 +16,8 @@ const maxPort = 65535
 
 // Port is a port of this machine and the one of a shed's own localhost that it leads to.
 type Port struct {
-	Local  int `json:"local"` // 0 is any that is free
-	Remote int `json:"remote"`
+	Local  int `json:"local" yaml:"local"` // 0 is any that is free
+	Remote int `json:"remote" yaml:"remote"`
 }
 
 func (p Port) String() string { return fmt.Sprintf("%d:%d", p.Local, p.Remote) }
@@ -92,14 +92,17 @@ type Record struct {
 	Since  time.Time `json:"since"`
 }
 
-// String names the tunnel for people: "localhost:3000 -> web:3000".
-func (r Record) String() string {
-	var parts []string
+// Forwards says for people what each port leads to: "localhost:3000 -> web:3000".
+func (r Record) Forwards() []string {
+	var forwards []string
 	for _, p := range r.Ports {
-		parts = append(parts, fmt.Sprintf("localhost:%d -> %s:%d", p.Local, r.Shed, p.Remote))
+		forwards = append(forwards, fmt.Sprintf("localhost:%d -> %s:%d", p.Local, r.Shed, p.Remote))
 	}
-	return strings.Join(parts, ", ")
+	return forwards
 }
+
+// String names the tunnel for people.
+func (r Record) String() string { return strings.Join(r.Forwards(), ", ") }
 
 // does says whether the tunnel does all of what another one is to do.
 func (r Record) does(other Record) bool {

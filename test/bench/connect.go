@@ -37,7 +37,7 @@ func (b *bench) connect() error {
 }
 
 // peerPackages are OpenSSH's server, and what it needs that the image may not have.
-var peerPackages = []string{"openssh-server", "openssh-sftp-server", "libwrap0", "ucf", "runit-helper"}
+var peerPackages = []string{"openssh-server", "openssh-sftp-server", "libwrap0", "libnsl2", "libtirpc3", "libtirpc-common", "ucf", "runit-helper"}
 
 // startPeer starts OpenSSH's server in the shed and a tunnel to it. It returns an ssh_config(5) file that knows the
 // shed as shed-x, and OpenSSH in it as peer.
@@ -65,16 +65,17 @@ sudo dpkg --force-depends --unpack *.deb >/dev/null 2>&1
 id sshd >/dev/null 2>&1 || sudo useradd -r -d /run/sshd -s /usr/sbin/nologin sshd
 sudo mkdir -p /run/sshd; sudo ssh-keygen -A >/dev/null
 mkdir -p -m 700 ~/.ssh; echo "$1" > ~/.ssh/authorized_keys
-sudo /usr/sbin/sshd -o UsePAM=no -o UseDNS=no -o MaxStartups=100 -o StrictModes=no -p 22 </dev/null >/dev/null 2>&1`
+sudo /usr/sbin/sshd -o UsePAM=no -o UseDNS=no -o MaxStartups=100 -o StrictModes=no -p 22 </dev/null`
 	if _, _, err := b.output(strings.NewReader(tar), "exec", "-i", "x", "--", "sh", "-c", script, "sh", strings.TrimSpace(string(key))); err != nil {
 		return "", err
 	}
-	port, err := freePort()
+	said, _, err := b.output(nil, "tunnels", "start", "x", "-d", "-t", "0:22")
 	if err != nil {
 		return "", err
 	}
-	if _, err := b.shed("tunnels", "start", "x", "-d", "-t", fmt.Sprintf("%d:22", port)); err != nil {
-		return "", err
+	var port int
+	if _, err := fmt.Sscanf(said, "localhost:%d ", &port); err != nil {
+		return "", fmt.Errorf("the tunnel's port in %q: %w", said, err)
 	}
 	hosts, _, err := b.output(nil, "ssh-config", "x")
 	if err != nil {
@@ -84,15 +85,6 @@ sudo /usr/sbin/sshd -o UsePAM=no -o UseDNS=no -o MaxStartups=100 -o StrictModes=
 	text := fmt.Sprintf("Host %s\n  HostName 127.0.0.1\n  Port %d\n  User shed\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n\n%s\nHost *\n  IdentityFile %s\n  IdentitiesOnly yes\n  BatchMode yes\n",
 		peer, port, hosts, filepath.Join(b.home, ".ssh", "id_ed25519"))
 	return conf, os.WriteFile(conf, []byte(text), 0o600)
-}
-
-func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port, nil
 }
 
 // inTurn measures ours and theirs, runs times each, and returns the medians.
@@ -110,6 +102,16 @@ func inTurn(runs int, ours, theirs func() (time.Duration, error)) (our, their ti
 	return mid(durations[0]), mid(durations[1]), nil
 }
 
+// compare measures ours and theirs in turn, and prints a row of the medians as show has them.
+func compare(what string, runs int, ours, theirs func() (time.Duration, error), show func(time.Duration) string) error {
+	our, their, err := inTurn(runs, ours, theirs)
+	if err != nil {
+		return err
+	}
+	row(what, show(our), "OpenSSH in the shed, over a tunnel: "+show(their), "")
+	return nil
+}
+
 func process(name string, args ...string) func() (time.Duration, error) {
 	return func() (time.Duration, error) {
 		_, d, err := timed(exec.Command(name, args...))
@@ -118,12 +120,7 @@ func process(name string, args ...string) func() (time.Duration, error) {
 }
 
 func (b *bench) sshTrue(ours, theirs []string) error {
-	our, their, err := inTurn(b.runs, process("ssh", append(ours, "true")...), process("ssh", append(theirs, "true")...))
-	if err != nil {
-		return err
-	}
-	row("`ssh shed-x true`, whole process", ms(our), "OpenSSH in the shed, over a tunnel: "+ms(their), "")
-	return nil
+	return compare("`ssh shed-x true`, whole process", b.runs, process("ssh", append(ours, "true")...), process("ssh", append(theirs, "true")...), ms)
 }
 
 func (b *bench) scp(ours, theirs []string) error {
@@ -147,11 +144,10 @@ func (b *bench) scp(ours, theirs []string) error {
 		name string
 		f    func([]string) func() (time.Duration, error)
 	}{{"to", to}, {"from", from}} {
-		our, their, err := inTurn(runs, way.f(ours), way.f(theirs))
-		if err != nil {
+		what := fmt.Sprintf("`scp`, 256 MB %s the shed; medians of %d", way.name, runs)
+		if err := compare(what, runs, way.f(ours), way.f(theirs), func(d time.Duration) string { return rate(total, d) }); err != nil {
 			return err
 		}
-		row(fmt.Sprintf("`scp`, 256 MB %s the shed; medians of %d", way.name, runs), rate(total, our), "OpenSSH in the shed, over a tunnel: "+rate(total, their), "")
 	}
 	_, err := b.shed("exec", "x", "--", "rm", there)
 	return err
@@ -180,12 +176,7 @@ func (b *bench) rsync(ours, theirs []string) error {
 		}
 	}
 	runs := min(b.runs, slowRuns)
-	our, their, err := inTurn(runs, send(ours), send(theirs))
-	if err != nil {
-		return err
-	}
-	row(fmt.Sprintf("`rsync` of %d small files to the shed; medians of %d", files, runs), ms(our), "OpenSSH in the shed, over a tunnel: "+ms(their), "")
-	return nil
+	return compare(fmt.Sprintf("`rsync` of %d small files to the shed; medians of %d", files, runs), runs, send(ours), send(theirs), ms)
 }
 
 // keystrokes measures from a key to its echo on the terminal, with tmux in between on both sides.
@@ -336,13 +327,7 @@ func (b *bench) lists() error {
 		if err != nil {
 			return err
 		}
-		info, err := s.client.Info(context.Background())
-		if err == nil {
-			var host, port string
-			if host, port, err = net.SplitHostPort(info.SSH); err == nil {
-				_, err = b.shed("server", "add", host, "--name", name, "--ssh-port", port)
-			}
-		}
+		err = b.add(name, s)
 		if i == 0 {
 			s.close()
 		} else {
@@ -366,4 +351,18 @@ func (b *bench) lists() error {
 	row("`shed list --all` of 10 servers: one local, 9 by SSH, one of these dead", ms(allTime),
 		fmt.Sprintf("`shed list` of the local one: %s; of one by SSH: %s", ms(oneTime), ms(sshTime)), "")
 	return nil
+}
+
+// add makes a server, reached by SSH, one of those that the CLI knows.
+func (b *bench) add(name string, s *server) error {
+	info, err := s.client.Info(context.Background())
+	if err != nil {
+		return err
+	}
+	host, port, err := net.SplitHostPort(info.SSH)
+	if err != nil {
+		return err
+	}
+	_, err = b.shed("server", "add", host, "--name", name, "--ssh-port", port)
+	return err
 }

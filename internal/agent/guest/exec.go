@@ -94,10 +94,6 @@ func (m *machine) start(frames *agent.FrameWriter, c shed.Command) (p *running, 
 	return p, 0, nil
 }
 
-// oomFile says how gladly the kernel ends this process when memory runs out. For the agent it
-// is never: without it nobody gets at the shed any more.
-const oomFile = "/proc/self/oom_score_adj"
-
 // startInCgroup calls start, which starts cmd, as what the host asked for is started.
 func (m *machine) startInCgroup(cmd *exec.Cmd, start func() error) error {
 	if m.cgroup != "" {
@@ -111,6 +107,10 @@ func (m *machine) startInCgroup(cmd *exec.Cmd, start func() error) error {
 	}
 	return startCommand(start)
 }
+
+// oomFile says how gladly the kernel ends this process when memory runs out. For the agent it
+// is never: without it nobody gets at the shed any more.
+const oomFile = "/proc/self/oom_score_adj"
 
 var startMu sync.Mutex
 
@@ -142,16 +142,24 @@ func (p *running) wait(input <-chan error) (shed.ExitStatus, error) {
 	}
 }
 
+// currentSetup returns what the host has said last.
+func (m *machine) currentSetup() (agent.Setup, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.setup == nil {
+		return agent.Setup{}, errors.New("the shed isn't set up yet")
+	}
+	return *m.setup, nil
+}
+
 // command makes the process of c, not started yet.
 func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
-	m.mu.Lock()
-	setup := m.setup
-	m.mu.Unlock()
-	if setup == nil {
-		return nil, errors.New("the shed isn't set up yet")
+	setup, err := m.currentSetup()
+	if err != nil {
+		return nil, err
 	}
 	isProgram := len(c.Args) > 0
-	a, base, err := commandUser(*setup, c.User, isProgram)
+	a, base, err := commandUser(setup, c.User, isProgram)
 	if err != nil {
 		return nil, err
 	}
@@ -161,7 +169,7 @@ func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
 	}
 	cmd := &exec.Cmd{
 		SysProcAttr: &syscall.SysProcAttr{Credential: a.credential(), Setsid: true},
-		Dir:         a.workDir(c.Dir, startDirs(*setup, isProgram)...),
+		Dir:         a.workDir(c.Dir, startDirs(setup, isProgram)...),
 	}
 	if c.Subsystem != "" && c.Dir == "" {
 		cmd.Dir = a.workDir("")
@@ -192,14 +200,13 @@ func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
 			if err := u.attach(cmd, *c.Attach); err != nil {
 				return nil, err
 			}
-			cmd.Env = environ(cmd.Env).with("PWD=" + cmd.Dir)
-			return cmd, nil
-		}
-		cmd.Env = base.with("SHELL=" + cmd.Path).with(own...)
-		// A leading dash makes any shell a login shell.
-		cmd.Args = []string{"-" + filepath.Base(cmd.Path)}
-		if c.Script != "" {
-			cmd.Args = append(cmd.Args, "-c", c.Script)
+		} else {
+			cmd.Env = base.with("SHELL=" + cmd.Path).with(own...)
+			// A leading dash makes any shell a login shell.
+			cmd.Args = []string{"-" + filepath.Base(cmd.Path)}
+			if c.Script != "" {
+				cmd.Args = append(cmd.Args, "-c", c.Script)
+			}
 		}
 	}
 	cmd.Env = environ(cmd.Env).with("PWD=" + cmd.Dir)

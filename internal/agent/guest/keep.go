@@ -3,7 +3,6 @@
 package guest
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -124,7 +123,7 @@ func startKeeper(name string) (*keeper, error) {
 		SysProcAttr: &syscall.SysProcAttr{},
 	}
 	// What programs ask of their terminal is answered only as long as they read: they may ask without end.
-	k.screen = newScreen(shed.Size{}, func(b []byte) { k.input.put(bytes.Clone(b)) })
+	k.screen = newScreen(shed.Size{}, func(b []byte) { k.input.put(b) })
 	tty, err := startOnTTY(k.shell, k.screen.size)
 	if err != nil {
 		k.screen.close()
@@ -165,7 +164,10 @@ func (k *keeper) run(l *keptListener, first net.Conn) error {
 		k.shell.Wait()
 		k.tty.SetReadDeadline(time.Unix(1, 0))
 	}()
-	k.read()
+	readOutput(k.tty, make([]byte, 16<<10), func(b []byte) error {
+		k.draw(b)
+		return nil
+	})
 	<-ended
 	err := l.close()
 	cancel()
@@ -176,27 +178,7 @@ func (k *keeper) run(l *keptListener, first net.Conn) error {
 	return err
 }
 
-// read draws what the session's programs write, until the shell has ended.
-func (k *keeper) read() {
-	buf := make([]byte, 16<<10)
-	for {
-		n, err := k.tty.Read(buf)
-		if n > 0 {
-			k.draw(buf[:n])
-		}
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			rest(k.tty, buf, func(b []byte) error {
-				k.draw(b)
-				return nil
-			})
-			return
-		}
-		if err != nil {
-			return
-		}
-	}
-}
-
+// draw has the screen show what the session's programs have written.
 func (k *keeper) draw(b []byte) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -3,7 +3,6 @@
 package guest
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"net"
@@ -67,7 +66,7 @@ func (k *keeper) attach(ctx context.Context, conn net.Conn, size shed.Size) {
 func (k *keeper) show(ctx context.Context, v *viewer, gone <-chan struct{}) {
 	paint := func() error {
 		k.mu.Lock()
-		b := bytes.Clone(v.p.paint(k.screen))
+		b := v.p.paint(k.screen) // good until v is painted again, which nobody else does
 		k.mu.Unlock()
 		if len(b) == 0 {
 			return nil
@@ -107,7 +106,7 @@ func (k *keeper) listen(v *viewer) {
 		switch t {
 		case agent.FrameStdin:
 			k.use(v)
-			k.input.put(bytes.Clone(b)) // what is too much is lost, as it is on a terminal whose program doesn't read
+			k.input.put(b) // what is too much is lost, as it is on a terminal whose program doesn't read
 		case agent.FrameResize:
 			var size shed.Size
 			if json.Unmarshal(b, &size) == nil {

@@ -113,11 +113,7 @@ func (p *painter) paintCells(s *screen) {
 	}
 	row := make([]uv.Cell, cols)
 	for y := range rows {
-		if y < int(s.size.Rows) {
-			s.row(y, row)
-		} else {
-			copy(row, slices.Repeat([]uv.Cell{uv.EmptyCell}, cols))
-		}
+		s.row(y, row)
 		p.paintRow(y, row)
 	}
 }

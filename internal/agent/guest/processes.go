@@ -57,19 +57,11 @@ func terminalProcesses(leader int) []int {
 
 // parseStat parses proc(5)'s stat. The name in it may be anything.
 func parseStat(stat string) (session int, state string, ok bool) {
-	_, after, ok := cutLast(stat, ")")
-	fields := strings.Fields(after)
-	if !ok || len(fields) < 4 {
+	end := strings.LastIndexByte(stat, ')')
+	fields := strings.Fields(stat[end+1:])
+	if end < 0 || len(fields) < 4 {
 		return 0, "", false
 	}
 	session, err := strconv.Atoi(fields[3])
 	return session, fields[0], err == nil
-}
-
-func cutLast(s, sep string) (before, after string, ok bool) {
-	i := strings.LastIndex(s, sep)
-	if i < 0 {
-		return s, "", false
-	}
-	return s[:i], s[i+len(sep):], true
 }

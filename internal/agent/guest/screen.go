@@ -136,14 +136,17 @@ func (s *screen) setMode(m ansi.Mode, on bool) {
 	}
 }
 
+// survive, deferred, starts the screen anew if the emulator has failed.
+func (s *screen) survive() {
+	if r := recover(); r != nil {
+		s.close()
+		s.reset()
+	}
+}
+
 // write draws what programs write. If the emulator fails at that, the screen starts anew.
 func (s *screen) write(p []byte) {
-	defer func() {
-		if r := recover(); r != nil {
-			s.close()
-			s.reset()
-		}
-	}()
+	defer s.survive()
 	for i := 0; i < len(p); {
 		if p[i] < utf8.RuneSelf {
 			i++
@@ -191,12 +194,7 @@ func (s *screen) resize(size shed.Size) {
 		return
 	}
 	s.size = size
-	defer func() {
-		if r := recover(); r != nil {
-			s.close()
-			s.reset()
-		}
-	}()
+	defer s.survive()
 	for i := range 2 {
 		scr := screenOf(s.e, i)
 		_, y := scr.CursorPosition()
@@ -230,7 +228,7 @@ func (s *screen) cursorStyle() int {
 }
 
 // row fills the cells of a line, as a terminal of that width shows them: a wide character is followed by cells
-// of no width.
+// of no width. What is outside of the screen is blank.
 func (s *screen) row(y int, cells []uv.Cell) {
 	cols := min(len(cells), int(s.size.Cols))
 	for x := 0; x < cols; {

@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -51,13 +50,11 @@ func (m *machine) sessionUser(a *account, env environ) *sessionUser {
 
 // defaultSessionUser returns the default user, who has the sessions.
 func (m *machine) defaultSessionUser() (*sessionUser, error) {
-	m.mu.Lock()
-	setup := m.setup
-	m.mu.Unlock()
-	if setup == nil {
-		return nil, errors.New("the shed isn't set up yet")
+	setup, err := m.currentSetup()
+	if err != nil {
+		return nil, err
 	}
-	a, base, err := commandUser(*setup, "", false)
+	a, base, err := commandUser(setup, "", false)
 	if err != nil {
 		return nil, err
 	}
@@ -143,22 +140,11 @@ func (m *machine) killSession(name string) error {
 	return u.killTmux(ctx, name)
 }
 
-// endTerminals ends what runs in terminals, each of which is named by its leader.
-func (u *sessionUser) endTerminals(leaders []int) {
-	var wg sync.WaitGroup
-	for _, leader := range leaders {
-		wg.Go(func() { endTerminal(leader) })
-	}
-	wg.Wait()
-}
-
-// own returns those of the processes that are the user's: it is a process of the user's that names them, which must
+// owns says whether a process is the user's: it is a process of the user's that names those to end, which must
 // not get others' ended.
-func (u *sessionUser) own(pids []int) []int {
-	return slices.DeleteFunc(pids, func(pid int) bool {
-		fi, err := os.Stat(procFile(pid, ""))
-		return err != nil || fi.Sys().(*syscall.Stat_t).Uid != u.a.uid
-	})
+func (u *sessionUser) owns(pid int) bool {
+	fi, err := os.Stat(procFile(pid, ""))
+	return err == nil && fi.Sys().(*syscall.Stat_t).Uid == u.a.uid
 }
 
 // hasKept says whether there is a kept session.
@@ -244,7 +230,9 @@ func (u *sessionUser) killKept(ctx context.Context, name string) error {
 		// Without its terminal the shell ends too.
 		return errors.Join(u.killPeer(conn), os.Remove(filepath.Join(u.kept, name)))
 	}
-	u.endTerminals(u.own([]int{status.Leader}))
+	if u.owns(status.Leader) {
+		endTerminal(status.Leader)
+	}
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	conn.Read(make([]byte, 1)) // until it is closed
 	return ctx.Err()
@@ -263,14 +251,15 @@ func (u *sessionUser) killPeer(conn net.Conn) error {
 	if err := errors.Join(cerr, err); err != nil {
 		return err
 	}
-	for _, pid := range u.own([]int{int(cred.Pid)}) {
+	if pid := int(cred.Pid); u.owns(pid) {
 		unix.Kill(pid, unix.SIGKILL)
 	}
 	return nil
 }
 
-// run runs a program as the user, in its home, and returns what it prints.
-func (u *sessionUser) run(ctx context.Context, path string, args ...string) (stdout, stderr string, err error) {
+// run runs a program as the user, in its home, and returns what it prints. An error has what it says
+// on stderr.
+func (u *sessionUser) run(ctx context.Context, path string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Env, cmd.Dir = u.env, u.a.workDir("")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: u.a.credential(), Setsid: true}
@@ -278,13 +267,16 @@ func (u *sessionUser) run(ctx context.Context, path string, args ...string) (std
 	out, errOut := &limitedBuffer{}, &limitedBuffer{}
 	cmd.Stdout, cmd.Stderr = out, errOut
 	if err := u.m.startInCgroup(cmd, cmd.Start); err != nil {
-		return "", "", err
+		return "", err
 	}
-	err = cmd.Wait()
+	err := cmd.Wait()
 	if ctx.Err() != nil {
 		err = fmt.Errorf("%s gave no answer within %v", filepath.Base(path), sessionsTimeout)
 	}
-	return out.b.String(), strings.TrimSpace(errOut.b.String()), err
+	if said := strings.TrimSpace(errOut.b.String()); err != nil && said != "" {
+		err = fmt.Errorf("%s: %s (%w)", filepath.Base(path), said, err)
+	}
+	return out.b.String(), err
 }
 
 // limitedBuffer takes no more than maxOutput bytes: whoever writes more fails.

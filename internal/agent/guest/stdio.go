@@ -128,25 +128,27 @@ func (p *running) carry(f *os.File, t agent.FrameType) {
 	o := &output{file: f, done: make(chan error, 1)}
 	p.outputs = append(p.outputs, o)
 	go func() {
-		buf := make([]byte, agent.OutputSize)
-		for {
-			n, err := f.Read(buf)
-			if n > 0 {
-				if werr := p.frames.Write(t, buf[:n]); werr != nil {
-					o.done <- werr
-					return
-				}
-			}
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				o.done <- rest(f, buf, func(b []byte) error { return p.frames.Write(t, b) })
-				return
-			}
-			if err != nil { // EOF, or EIO where a terminal has no more users
-				o.done <- nil
-				return
+		o.done <- readOutput(f, make([]byte, agent.OutputSize), func(b []byte) error { return p.frames.Write(t, b) })
+	}()
+}
+
+// readOutput calls write with what is written to f, until that has its end or passes its read deadline. It returns
+// write's error.
+func readOutput(f *os.File, buf []byte, write func([]byte) error) error {
+	for {
+		n, err := f.Read(buf)
+		if n > 0 {
+			if werr := write(buf[:n]); werr != nil {
+				return werr
 			}
 		}
-	}()
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return rest(f, buf, write)
+		}
+		if err != nil { // EOF, or EIO where a terminal has no more users
+			return nil
+		}
+	}
 }
 
 // rest calls write with what is in f now: no more than it holds, as a process in the background may

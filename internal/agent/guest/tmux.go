@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/charliek/shed"
@@ -96,23 +97,21 @@ func parseTmux(out string) []tmuxSession {
 	return sessions
 }
 
-// tmux runs the user's tmux, as a client that has UTF-8. found is whether there is one.
-func (u *sessionUser) tmux(ctx context.Context, args ...string) (stdout, stderr string, found bool, err error) {
+var errNoTmux = errors.New("there is no tmux in the shed")
+
+// tmux runs the user's tmux, as a client that has UTF-8. It returns errNoTmux where there is none.
+func (u *sessionUser) tmux(ctx context.Context, args ...string) (stdout string, err error) {
 	path, err := lookPath("tmux", u.env.get("PATH"), u.a.home)
 	if err != nil {
-		return "", "", false, nil
+		return "", errNoTmux
 	}
-	stdout, stderr, err = u.run(ctx, path, append([]string{"-u"}, args...)...)
-	if err != nil && stderr != "" {
-		err = fmt.Errorf("tmux: %s (%w)", stderr, err)
-	}
-	return stdout, stderr, true, err
+	return u.run(ctx, path, append([]string{"-u"}, args...)...)
 }
 
 // noTmuxServer says whether tmux says so: it has a server as long as it has sessions.
-func noTmuxServer(stderr string) bool {
+func noTmuxServer(err error) bool {
 	for _, s := range []string{"no server running on", "error connecting to", "server exited", "lost server"} {
-		if strings.Contains(stderr, s) {
+		if strings.Contains(err.Error(), s) {
 			return true
 		}
 	}
@@ -121,11 +120,11 @@ func noTmuxServer(stderr string) bool {
 
 // tmuxSessions returns the user's sessions in tmux, whoever made them.
 func (u *sessionUser) tmuxSessions(ctx context.Context) ([]shed.Session, error) {
-	out, stderr, found, err := u.tmux(ctx, "list-windows", "-a", "-F", tmuxFormat)
-	if !found || err != nil && ctx.Err() == nil && noTmuxServer(stderr) {
-		return nil, nil
-	}
+	out, err := u.tmux(ctx, "list-windows", "-a", "-F", tmuxFormat)
 	if err != nil {
+		if errors.Is(err, errNoTmux) || ctx.Err() == nil && noTmuxServer(err) {
+			return nil, nil
+		}
 		return nil, err
 	}
 	var sessions []shed.Session
@@ -154,7 +153,7 @@ func (u *sessionUser) tmuxLines(ctx context.Context, panes []tmuxSession) ([]str
 		for _, s := range panes[i:] {
 			args = append(args, "capture-pane", "-p", "-t", s.pane, ";", "display-message", "-p", "-t", s.pane, mark, ";")
 		}
-		out, _, _, err := u.tmux(ctx, args...)
+		out, err := u.tmux(ctx, args...)
 		if ctx.Err() != nil {
 			return nil, err
 		}
@@ -181,8 +180,8 @@ func lastLine(text string) string {
 
 // killTmux ends a session in tmux.
 func (u *sessionUser) killTmux(ctx context.Context, name string) error {
-	out, _, found, err := u.tmux(ctx, "list-panes", "-s", "-t", "="+name, "-F", "#{pane_pid}")
-	if !found {
+	out, err := u.tmux(ctx, "list-panes", "-s", "-t", "="+name, "-F", "#{pane_pid}")
+	if errors.Is(err, errNoTmux) {
 		return fmt.Errorf("there is no session %q", name)
 	}
 	if err != nil {
@@ -190,14 +189,17 @@ func (u *sessionUser) killTmux(ctx context.Context, name string) error {
 	}
 	var leaders []int
 	for _, s := range strings.Fields(out) {
-		if pid, err := strconv.Atoi(s); err == nil {
+		if pid, err := strconv.Atoi(s); err == nil && u.owns(pid) {
 			leaders = append(leaders, pid)
 		}
 	}
-	leaders = u.own(leaders)
-	if _, _, _, err := u.tmux(ctx, "kill-session", "-t", "="+name); err != nil {
+	if _, err := u.tmux(ctx, "kill-session", "-t", "="+name); err != nil {
 		return err
 	}
-	u.endTerminals(leaders)
+	var ended sync.WaitGroup
+	for _, leader := range leaders {
+		ended.Go(func() { endTerminal(leader) })
+	}
+	ended.Wait()
 	return nil
 }
