@@ -77,7 +77,7 @@ func (m *machine) start(frames *agent.FrameWriter, c shed.Command) (p *running, 
 	p = &running{cmd: cmd, frames: frames, ended: make(chan struct{}), attached: c.Attach != nil}
 	err = m.startInCgroup(cmd, func() error {
 		if c.TTY != nil {
-			return p.startTTY(c.TTY.Size)
+			return p.startTTY(p.ttySize(c.TTY.Size))
 		}
 		return p.startPipes()
 	})

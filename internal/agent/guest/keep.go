@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -180,6 +181,16 @@ func (k *keeper) run(l *keptListener, first net.Conn) error {
 
 // draw has the screen show what the session's programs have written.
 func (k *keeper) draw(b []byte) {
+	// A line that scrolls a large screen takes long: nobody else who needs the screen is to wait for many of them.
+	for part := range slices.Chunk(b, drawnAtOnce) {
+		k.drawPart(part)
+	}
+}
+
+// drawnAtOnce is how much of what a program has written is drawn without anybody else getting at the screen, in bytes.
+const drawnAtOnce = 512
+
+func (k *keeper) drawPart(b []byte) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.screen.write(b)

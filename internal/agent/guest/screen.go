@@ -20,7 +20,7 @@ import (
 
 // What programs may make a screen hold. Sizes are in cells, strings in bytes.
 const (
-	maxRows, maxCols         = 300, 1000
+	maxRows, maxCols         = 200, 640
 	defaultRows, defaultCols = 24, 80
 
 	maxTitle   = 200

@@ -252,3 +252,18 @@ func FuzzScreen(f *testing.F) {
 		sameScreen(t, s, terminal)
 	})
 }
+
+// A terminal of a session is no larger than what its keeper can draw; that of another command is as its client says.
+func TestTerminalSizes(t *testing.T) {
+	huge, blind := shed.Size{Rows: 65535, Cols: 65535}, shed.Size{}
+	session, other := &running{attached: true}, &running{}
+	if got := session.ttySize(huge); got != (shed.Size{Rows: maxRows, Cols: maxCols}) {
+		t.Errorf("%+v", got)
+	}
+	if got := session.ttySize(blind); got != (shed.Size{Rows: defaultRows, Cols: defaultCols}) {
+		t.Errorf("%+v", got)
+	}
+	if got := other.ttySize(huge); got != huge {
+		t.Errorf("%+v", got)
+	}
+}

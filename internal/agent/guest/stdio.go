@@ -54,6 +54,15 @@ func (p *running) startTTY(size shed.Size) error {
 	return nil
 }
 
+// ttySize returns the size of the command's terminal where the client's has size. What keeps a session has memory
+// for each cell, and work with it.
+func (p *running) ttySize(size shed.Size) shed.Size {
+	if p.attached {
+		return limitSize(size)
+	}
+	return size
+}
+
 // startOnTTY starts cmd on a new terminal and returns the terminal's other end.
 func startOnTTY(cmd *exec.Cmd, size shed.Size) (*os.File, error) {
 	cmd.SysProcAttr.Setsid, cmd.SysProcAttr.Setctty = true, true
@@ -238,7 +247,7 @@ func (p *running) input(r io.Reader) error {
 		case agent.FrameResize:
 			var size shed.Size
 			if err := json.Unmarshal(b, &size); err == nil && p.tty != nil {
-				resizeTTY(p.tty, size)
+				resizeTTY(p.tty, p.ttySize(size))
 			}
 		case agent.FrameSignal:
 			if sig := unix.SignalNum("SIG" + string(b)); sig != 0 {
