@@ -16,6 +16,7 @@ import (
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
+	"github.com/charliek/shed/internal/client"
 	"github.com/spf13/cobra"
 )
 
@@ -179,7 +180,7 @@ func (a *attachment) checkShed(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, endLimit)
 	defer cancel()
 	sh, err := a.t.client.Get(ctx, a.t.name)
-	if shed.ErrorCode(err) == shed.CodeNotFound {
+	if shed.ErrorCode(err) == shed.CodeNotFound || err == nil && sh.Status == shed.StatusDeleting {
 		return shed.Errorf(shed.CodeNotFound, "shed %q was deleted", a.t.name)
 	}
 	if err == nil && sh.Status != shed.StatusRunning {
@@ -240,8 +241,14 @@ func (a *attachment) comeBack(ctx context.Context, lost lostError) (net.Conn, er
 		case shed.CodeNoSession:
 			return nil, shed.Errorf(shed.CodeNoSession, "session %q of %s ended while the connection was lost", a.at.Session, a.ref)
 		case shed.CodeConflict:
+			if ended := a.checkShed(ctx); ended != nil {
+				return nil, ended
+			}
 			return nil, a.stopped(err)
 		case shed.CodeNotFound, shed.CodeInvalid, shed.CodeUnsupported:
+			return nil, err
+		}
+		if errors.Is(err, client.ErrRefused) {
 			return nil, err
 		}
 		if err.Error() != said {

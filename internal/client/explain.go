@@ -11,6 +11,10 @@ import (
 	"github.com/charliek/shed"
 )
 
+// ErrRefused is in the chain of the error about a server that lets none of the user's keys in. Trying again soon would be
+// no use, and have the server bar this machine.
+var ErrRefused = errors.New("the login is refused")
+
 // explain says why the server can't be used, and what to do. a is nil where it was not connected.
 func (r *remote) explain(err error, a *attempt) error {
 	if r.ctx.Err() != nil {
@@ -63,18 +67,23 @@ func (r *remote) explainLogin(err error, a *attempt) error {
 		return shed.Errorf(shed.CodeUnreachable, "%s: a key that would be let in can't be used: %w", r.label, a.locked).
 			WithHint("does the SSH agent still have it, and was its use allowed?")
 	case a.keyGood && (strings.Contains(said, "unable to authenticate") || strings.Contains(said, "too many authentication failures")):
-		return r.explainRefused(a)
+		refused := r.explainRefused(a)
+		refused.Err = ErrRefused
+		return refused
 	case isTimeout(err):
 		return shed.Errorf(shed.CodeUnreachable, "%s is connected, but does not answer", r.label).
 			WithHint("is the server overloaded or stopped?")
+	case strings.HasPrefix(a.conn.firstLine(), "Not allowed"):
+		return shed.Errorf(shed.CodeUnreachable, "%s lets nobody in from here for a while: too many logins have failed", r.label).
+			WithHint("it passes in a minute")
 	case a.conn.firstLine() != "":
 		return shed.Errorf(shed.CodeUnreachable, "%s: no SSH server of shed is there: it says %.80q", r.label, a.conn.firstLine()).
-			WithHint("\"Not allowed\" means that too many logins from here have failed, and passes in a minute; else check the port")
+			WithHint("check the port")
 	}
 	return shed.Errorf(shed.CodeUnreachable, "%s: the login failed: %w", r.label, err)
 }
 
-func (r *remote) explainRefused(a *attempt) error {
+func (r *remote) explainRefused(a *attempt) *shed.Error {
 	const where = "add its line, without options, to ~/.ssh/authorized_keys of the user that runs shed-server there, or to auth.authorized_keys in its configuration"
 	why := ""
 	for _, p := range a.problems {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -30,7 +31,18 @@ func TestLoginRefused(t *testing.T) {
 	}
 	wantError(t, err, "lets none of our keys in: ed25519 "+ssh.FingerprintSHA256(key), "authorized_keys")
 
+	// That is not tried again at once: the server would bar this machine. Another process may.
+	s.authorize(public)
+	if _, err := client.List(t.Context()); !errors.Is(err, ErrRefused) {
+		t.Errorf("after the refusal: %v", err)
+	}
+	_, client = s.connect(Options{})
+	if _, err := client.List(t.Context()); err != nil {
+		t.Error(err)
+	}
+
 	write(t, filepath.Join(dir, ".ssh", "id_ed25519"), "garbage")
+	_, client = s.connect(Options{})
 	_, err = client.List(t.Context())
 	wantError(t, err, "there is no key to log in with", "id_ed25519", "ssh-keygen")
 
@@ -43,6 +55,7 @@ func TestLoginRefused(t *testing.T) {
 		wantError(t, err, "refuses: the key may not use the HTTP API")
 	}
 	s.authorize(`from="127.0.0.1",expiry-time="99991231" ` + writeLine)
+	_, client = s.connect(Options{})
 	if _, err := client.List(t.Context()); err != nil {
 		t.Error(err)
 	}

@@ -22,6 +22,9 @@ const (
 	// proxyTimeout is connectTimeout where there is a proxy, which has a login of its own.
 	proxyTimeout = 20 * time.Second
 
+	// refusedPause is how long the login isn't tried again with keys that have been refused.
+	refusedPause = 30 * time.Second
+
 	keepAlive        = 2 * time.Second // between two requests for a sign of life
 	maxMissed        = 3               // how many intervals may pass without any
 	keepAliveRequest = "keepalive@openssh.com"
@@ -151,6 +154,7 @@ type link struct {
 	client *ssh.Client
 	conn   *watchedConn
 	err    error
+	until  time.Time // err stands, and no login is tried
 
 	silent atomic.Bool // it was given up
 }
@@ -159,7 +163,10 @@ type link struct {
 func (l *link) lost() bool {
 	select {
 	case <-l.ready:
-		return l.err != nil || l.conn.failed.Load()
+		if l.err != nil {
+			return !time.Now().Before(l.until)
+		}
+		return l.conn.failed.Load()
 	default:
 		return false
 	}
@@ -168,6 +175,9 @@ func (l *link) lost() bool {
 // run connects l and returns when it has ended.
 func (r *remote) run(l *link) {
 	l.client, l.conn, l.err = r.connect(r.ctx)
+	if errors.Is(l.err, ErrRefused) {
+		l.until = time.Now().Add(refusedPause)
+	}
 	close(l.ready)
 	if l.err != nil {
 		return

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"net"
 	"os"
@@ -78,22 +79,29 @@ func askOpenSSH(ctx context.Context, host string, port int) ([]byte, error) {
 	said := lines.New(3, nil)
 	cmd.Stdout, cmd.Stderr = &out, said.Writer()
 	if err := cmd.Run(); err != nil {
-		if ctx.Err() != nil {
+		switch {
+		case out.full:
+			err = errors.New("too much output")
+		case ctx.Err() != nil:
 			err = fmt.Errorf("no answer within %s", settingsTimeout)
 		}
 		return nil, fmt.Errorf("ssh -G %s: %w %s", host, err, said.Last())
 	}
-	return out.Bytes(), nil
+	return out.b.Bytes(), nil
 }
 
 // limitedBuffer takes no more than maxSettings bytes.
-type limitedBuffer struct{ bytes.Buffer }
+type limitedBuffer struct {
+	b    bytes.Buffer
+	full bool
+}
 
-func (b *limitedBuffer) Write(p []byte) (int, error) {
-	if b.Len()+len(p) > maxSettings {
-		return 0, errors.New("too much output")
+func (l *limitedBuffer) Write(p []byte) (int, error) {
+	if l.b.Len()+len(p) > maxSettings {
+		l.full = true
+		return 0, io.ErrShortWrite
 	}
-	return b.Buffer.Write(p)
+	return l.b.Write(p)
 }
 
 // optionsIn yields the keywords, in lower case, in what `ssh -G` prints, and their values.

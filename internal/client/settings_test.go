@@ -75,7 +75,7 @@ func TestLoadSettings(t *testing.T) {
 	}
 	for script, want := range map[string]string{
 		"echo bad line >&2; exit 255":             "bad line",
-		"yes hostname x":                          "no answer within",
+		"yes hostname x":                          "too much output",
 		"sleep 100000 & echo $! >$HOME/pid; wait": "no answer within",
 	} {
 		fakeSSH(t, script)
