@@ -156,18 +156,27 @@ func (c *cli) resolveBy(ctx context.Context, ref string, lookup func() *client.L
 
 // place returns where the shed is, or is to be, that ref means: without a server in it, the default one.
 func (c *cli) place(ref string) (target, error) {
-	server, name, exact := strings.Cut(ref, "/")
-	if !exact {
-		server, name = "", ref
-	} else if server == "" || c.server != "" && c.server != server {
-		return target{}, shed.Errorf(shed.CodeInvalid, "%q does not name a shed on the server %q", ref, c.server).
-			WithHint("give the server as SERVER/NAME or as --server SERVER")
-	}
-	if err := shed.ValidateName(name); err != nil {
+	server, name, err := c.splitRef(ref)
+	if err != nil {
 		return target{}, err
 	}
 	server, client, err := c.connectNamed(server)
 	return target{client, server, name}, err
+}
+
+// splitRef takes NAME or SERVER/NAME apart, without asking servers. The server is "" if it isn't known.
+func (c *cli) splitRef(ref string) (server, name string, err error) {
+	server, name, exact := strings.Cut(ref, "/")
+	switch {
+	case !exact:
+		server, name = c.server, ref
+	case server == "":
+		return "", "", shed.Errorf(shed.CodeInvalid, "%q does not name a shed", ref).WithHint("give the server as SERVER/NAME or as --server SERVER")
+	case c.server != "" && c.server != server:
+		return "", "", shed.Errorf(shed.CodeInvalid, "%q does not name a shed on the server %q", ref, c.server).
+			WithHint("give the server as SERVER/NAME or as --server SERVER")
+	}
+	return server, name, shed.ValidateName(name)
 }
 
 // targets returns the sheds that refs mean. It fails, before anything is done to
@@ -292,9 +301,11 @@ func (c *cli) printError(err error) {
 	if errors.Is(err, context.Canceled) {
 		doc.Message = interrupted
 	}
-	c.printJSON(struct {
+	if c.printJSON(struct {
 		Error *shed.Error `json:"error"`
-	}{doc})
+	}{doc}) != nil {
+		c.printMessage(err)
+	}
 }
 
 // errorDoc returns what --json says of err.

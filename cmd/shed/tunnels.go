@@ -92,18 +92,6 @@ server that --server names.`,
 	return cmd
 }
 
-// splitRef takes NAME or SERVER/NAME apart, without asking servers. The server is "" if it isn't known.
-func (c *cli) splitRef(ref string) (server, name string, err error) {
-	server, name, exact := strings.Cut(ref, "/")
-	if !exact {
-		server, name = c.server, ref
-	} else if server == "" || c.server != "" && c.server != server {
-		return "", "", shed.Errorf(shed.CodeInvalid, "%q does not name a shed on the server %q", ref, c.server).
-			WithHint("give the server as SERVER/NAME or as --server SERVER")
-	}
-	return server, name, shed.ValidateName(name)
-}
-
 // tunnelsOf returns those of live that lead to the shed, on that server; "" is any. Of a shed there must be
 // some, to one of its name only.
 func tunnelsOf(live []tunnel.Record, server, name string) ([]tunnel.Record, error) {
