@@ -227,7 +227,7 @@ func (e *Engine) clone(ctx context.Context, en *entry) error {
 			said = vm.LastLines(log.Name(), 0, 5)
 		}
 		return shed.Errorf(shed.CodeCommand, "cloning %s failed: %s", en.rec.Repo, said).
-			WithHint("the shed is undone: check the URL and that a shed may read it, or leave out --repo and clone in the shed")
+			WithHint("check the URL and that a shed may read it; what was made of this one is undone")
 	}
 	return nil
 }
