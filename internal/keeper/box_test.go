@@ -3,13 +3,16 @@
 package keeper
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -199,6 +202,22 @@ func (b *box) signalKeeper(sig syscall.Signal) {
 	b.Helper()
 	if err := syscall.Kill(b.keeperPID(), sig); err != nil {
 		b.Fatal(err)
+	}
+}
+
+// freezeKeeper stops the keeper, and returns when none of its threads runs any more.
+func (b *box) freezeKeeper() {
+	b.Helper()
+	b.signalKeeper(syscall.SIGSTOP)
+	for running := true; running; time.Sleep(time.Millisecond) {
+		stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", b.keeperPID()))
+		if err != nil || len(stats) == 0 {
+			b.Fatalf("the keeper's threads: %v, %v", stats, err)
+		}
+		running = slices.ContainsFunc(stats, func(file string) bool {
+			stat, err := os.ReadFile(file)
+			return err == nil && !bytes.Contains(stat, []byte(") T "))
+		})
 	}
 }
 

@@ -139,7 +139,9 @@ func Run(ctx context.Context, dir string, newDriver func(Config) (vm.Driver, err
 	serving.Go(func() { k.serve(serveCtx, listener, &serving) })
 
 	exit := k.keep(ctx)
-	exit.At = time.Now().UTC()
+	if exit.At.IsZero() {
+		exit.At = time.Now().UTC()
+	}
 	if b, err := json.Marshal(exit); err != nil {
 		k.log.Error("recording the end", "err", err)
 	} else if err := renameio.WriteFile(filepath.Join("..", exitFile), b, 0o600); err != nil {
@@ -173,6 +175,9 @@ func (k *keeper) keep(ctx context.Context) Exit {
 	}
 	if !found && k.cfg.Found {
 		k.setReady(errNotFound)
+		if exit, ok := LastExit(".."); ok { // the keeper before saw the end
+			return exit
+		}
 		return Exit{Exit: vm.Exit{Cause: vm.Killed, Detail: errNotFound.Error()}, Asked: k.isAsked()}
 	}
 	for retried := false; ; {

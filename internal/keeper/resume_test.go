@@ -170,7 +170,7 @@ func TestStopWithAFrozenKeeper(t *testing.T) {
 			t.Parallel()
 			b := newBox(t)
 			c := b.startUp(wellBehaved)
-			b.signalKeeper(syscall.SIGSTOP)
+			b.freezeKeeper()
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 			defer cancel()
 			if _, err := c.Open(ctx); !errors.Is(err, context.DeadlineExceeded) {
