@@ -63,9 +63,10 @@ func (b *bench) startPeer() (conf string, err error) {
 	script := `set -e; mkdir /tmp/debs; cd /tmp/debs; tar x
 sudo dpkg --force-depends --unpack *.deb >/dev/null 2>&1
 id sshd >/dev/null 2>&1 || sudo useradd -r -d /run/sshd -s /usr/sbin/nologin sshd
+sudo usermod -p '*' shed # a locked user may not log in without PAM
 sudo mkdir -p /run/sshd; sudo ssh-keygen -A >/dev/null
 mkdir -p -m 700 ~/.ssh; echo "$1" > ~/.ssh/authorized_keys
-sudo /usr/sbin/sshd -o UsePAM=no -o UseDNS=no -o MaxStartups=100 -o StrictModes=no -p 22 </dev/null`
+sudo /usr/sbin/sshd -f /dev/null -o 'Subsystem sftp internal-sftp' -o UsePAM=no -o UseDNS=no -o MaxStartups=100 -o StrictModes=no -p 22 </dev/null`
 	if _, _, err := b.output(strings.NewReader(tar), "exec", "-i", "x", "--", "sh", "-c", script, "sh", strings.TrimSpace(string(key))); err != nil {
 		return "", err
 	}
@@ -337,7 +338,7 @@ func (b *bench) lists() error {
 			return err
 		}
 	}
-	one := func() (time.Duration, error) { return b.shed("list") }
+	one := func() (time.Duration, error) { return b.shed("list", "-s", "bench") }
 	overSSH := func() (time.Duration, error) { return b.shed("list", "-s", "s1") }
 	all := func() (time.Duration, error) { return b.shed("list", "--all") }
 	allTime, oneTime, err := inTurn(b.runs, all, one)
