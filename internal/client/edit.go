@@ -17,7 +17,8 @@ import (
 	"github.com/charliek/shed"
 )
 
-// Add adds a server to the file, and makes it the default if it is the first. CodeConflict if the name is taken, or another name has
+// Add adds a server to the file, and makes it the default if it is the first. The only one that there was, and that
+// so was meant where none was named, stays that. CodeConflict if the name is taken, or another name has
 // the address.
 func (c *Config) Add(name string, s Server) error {
 	if err := errors.Join(ValidateName(name), s.check()); err != nil {
@@ -27,8 +28,13 @@ func (c *Config) Add(name string, s Server) error {
 		if err := cfg.CanAdd(name, s); err != nil {
 			return err
 		}
-		if len(cfg.Servers) == 0 {
+		switch {
+		case len(cfg.Servers) == 0:
 			cfg.DefaultServer = name
+		case len(cfg.Servers) == 1 && cfg.DefaultServer == "":
+			for only := range cfg.Servers {
+				cfg.DefaultServer = only
+			}
 		}
 		if cfg.Servers == nil {
 			cfg.Servers = map[string]Server{}
