@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -11,7 +12,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -182,8 +182,13 @@ func (k *keeper) run(l *keptListener, first net.Conn) error {
 // draw has the screen show what the session's programs have written.
 func (k *keeper) draw(b []byte) {
 	// A line that scrolls a large screen takes long: nobody else who needs the screen is to wait for many of them.
-	for part := range slices.Chunk(b, drawnAtOnce) {
-		k.drawPart(part)
+	for len(b) > 0 {
+		n := min(len(b), drawnAtOnce)
+		if end := bytes.LastIndexByte(b[:n], '\n'); n < len(b) && end >= 0 {
+			n = end + 1 // where no character is torn
+		}
+		k.drawPart(b[:n])
+		b = b[n:]
 	}
 }
 

@@ -291,3 +291,18 @@ func shellOf(t *testing.T) *exec.Cmd {
 	}
 	return &exec.Cmd{Process: p}
 }
+
+// What is drawn in parts is what is drawn at once, characters of several runes included.
+func TestDrawInParts(t *testing.T) {
+	size := shed.Size{Rows: 100, Cols: 80}
+	noReply := func([]byte) {}
+	text := strings.Repeat(strings.Repeat("\U0001F469\u200D\U0001F469\u200D\U0001F467e\u0301 ", 7)+"|\r\n", 90)
+	whole, k := newScreen(size, noReply), &keeper{screen: newScreen(size, noReply)}
+	defer whole.close()
+	defer k.screen.close()
+	whole.write([]byte(text))
+	k.draw([]byte(text))
+	if got, want := textOf(k.screen), textOf(whole); got != want || !strings.Contains(want, "|") {
+		t.Errorf("in parts\n%s\nat once\n%s", got, want)
+	}
+}
