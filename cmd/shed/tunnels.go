@@ -23,7 +23,7 @@ localhost there.
 A tunnel reconnects by itself. While its server doesn't answer, a connection
 waits for it some seconds. Starting a tunnel starts a stopped shed; connections
 to a shed that was stopped later are refused and don't start it.`,
-		Example: `  shed tunnels start web -t 3000 -t 8080:80
+		Example: `  shed tunnels start web -t 3000 -t 8000:80
   shed tunnels start web -p webdev -d
   shed tunnels list
   shed tunnels stop web`,

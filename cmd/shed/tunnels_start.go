@@ -40,7 +40,7 @@ Profiles are in tunnels.yaml beside the configuration (~/.shed/tunnels.yaml):
       ports:
         - {local: 3000, remote: 3000}
         - {local: 5432}`,
-		Example: `  shed tunnels start web -t 3000 -t 8080:80
+		Example: `  shed tunnels start web -t 3000 -t 8000:80
   shed tunnels start web -p webdev -t 9229 -d`,
 		Args:              needs(false, "NAME"),
 		ValidArgsFunction: c.completeNames,
