@@ -4,12 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 
@@ -58,29 +55,12 @@ func serveSessions(t *testing.T) *restarting {
 	s.fake.Add(shed.Shed{Name: "web", Status: shed.StatusRunning})
 	writeConfig(t, "servers:\n  here:\n    socket: "+s.socket+"\n")
 	s.start()
-	t.Cleanup(func() { s.stop() })
 	return s
 }
 
 func (s *restarting) start() {
 	s.t.Helper()
-	ln, err := net.Listen("unix", s.socket)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	log := slog.New(slog.DiscardHandler)
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() {
-		done <- api.Serve(ctx, ln, api.NewServer(api.Config{Sheds: s.fake, Images: s.fake, Log: log}), log)
-	}()
-	s.stop = sync.OnceFunc(func() {
-		cancel()
-		if err := <-done; err != nil {
-			s.t.Error(err)
-		}
-		s.fake.WaitCommands()
-	})
+	s.stop = serveOn(s.t, s.socket, s.fake, api.Config{})
 }
 
 func TestAttach(t *testing.T) {

@@ -51,7 +51,7 @@ func (c *cli) action(f func(ctx context.Context, args []string) error) func(*cob
 // withServer is action for what needs the server that --server names, or the default one.
 func (c *cli) withServer(f func(ctx context.Context, client *api.Client, args []string) error) func(*cobra.Command, []string) error {
 	return c.action(func(ctx context.Context, args []string) error {
-		client, err := c.connect("")
+		client, err := c.connect()
 		if err != nil {
 			return err
 		}
@@ -94,13 +94,13 @@ func (c *cli) clientOptions() client.Options {
 	return opts
 }
 
-// connect returns a client of the server called name, or, if that is "", of the one that --server names,
-// or of the default one.
-func (c *cli) connect(name string) (*api.Client, error) {
-	_, client, err := c.connectNamed(name)
+// connect returns a client of the server that --server names, or of the default one.
+func (c *cli) connect() (*api.Client, error) {
+	_, client, err := c.connectNamed("")
 	return client, err
 }
 
+// connectNamed is connect for the server called name, unless that is "".
 func (c *cli) connectNamed(name string) (server string, _ *api.Client, err error) {
 	servers, err := c.servers()
 	if err != nil {

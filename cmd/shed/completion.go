@@ -98,7 +98,7 @@ func complete[T any](c *cli, cmd *cobra.Command, list func(*api.Client, context.
 	c.quiet = true
 	ctx, cancel := context.WithTimeout(cmd.Context(), completeTimeout)
 	defer cancel()
-	client, err := c.connect("")
+	client, err := c.connect()
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}

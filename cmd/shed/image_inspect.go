@@ -9,12 +9,10 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode/utf8"
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/api"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 )
 
 func newImageInspect(c *cli) *cobra.Command {
@@ -145,29 +143,5 @@ func (c *cli) printHistory(history []shed.ImageHistory) error {
 		}
 		rows = append(rows, []string{ago(h.CreatedAt), oneLine(h.CreatedBy), size, disk, oneLine(h.Comment)})
 	}
-	if fd, tty := terminal(c.out); tty {
-		if width, _, err := term.GetSize(fd); err == nil {
-			fitColumn(header, rows, createdBy, width)
-		}
-	}
-	return c.printTable(header, rows)
-}
-
-// fitColumn cuts a column of a table to what the others leave of width, if that is of any use.
-func fitColumn(header []string, rows [][]string, column, width int) {
-	left := width
-	for i := range header {
-		if i == column {
-			continue
-		}
-		widest := utf8.RuneCountInString(header[i])
-		for _, row := range rows {
-			widest = max(widest, utf8.RuneCountInString(row[i]))
-		}
-		left -= widest
-	}
-	left -= 3 * (len(header) - 1)
-	for _, row := range rows {
-		row[column] = truncate(row[column], max(left, 20))
-	}
+	return c.printFitted(header, rows, createdBy)
 }

@@ -100,7 +100,7 @@ func newImageLoad(c *cli) *cobra.Command {
 		if _, tty := terminal(c.in); file == "" && tty {
 			return usageError(cmd, "%s needs --input FILE where stdin is a terminal", cmd.CommandPath())
 		}
-		client, err := c.connect("")
+		client, err := c.connect()
 		if err != nil {
 			return err
 		}
@@ -169,7 +169,7 @@ func newImageSave(c *cli) *cobra.Command {
 				return usageError(cmd, "%s needs --output FILE where stdout is a terminal", cmd.CommandPath())
 			}
 		}
-		client, err := c.connect("")
+		client, err := c.connect()
 		if err != nil {
 			return err
 		}

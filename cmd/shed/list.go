@@ -10,7 +10,9 @@ import (
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/api"
 	"github.com/dustin/go-humanize"
+	"github.com/mattn/go-runewidth"
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 )
 
 func newList(c *cli) *cobra.Command {
@@ -31,7 +33,7 @@ func newList(c *cli) *cobra.Command {
 		if all {
 			return c.listAll(ctx)
 		}
-		client, err := c.connect("")
+		client, err := c.connect()
 		if err != nil {
 			return err
 		}
@@ -185,4 +187,33 @@ func (c *cli) printTable(header []string, rows [][]string) error {
 		fmt.Fprintln(w)
 	}
 	return w.Flush()
+}
+
+// printFitted is printTable with one column cut to what a terminal has room for.
+func (c *cli) printFitted(header []string, rows [][]string, column int) error {
+	if fd, tty := terminal(c.out); tty {
+		if width, _, err := term.GetSize(fd); err == nil {
+			fitColumn(header, rows, column, width)
+		}
+	}
+	return c.printTable(header, rows)
+}
+
+// fitColumn cuts a column of a table to what the others leave of width, if that is of any use.
+func fitColumn(header []string, rows [][]string, column, width int) {
+	left := width
+	for i := range header {
+		if i == column {
+			continue
+		}
+		widest := runewidth.StringWidth(header[i])
+		for _, row := range rows {
+			widest = max(widest, runewidth.StringWidth(row[i]))
+		}
+		left -= widest
+	}
+	left -= 3 * (len(header) - 1)
+	for _, row := range rows {
+		row[column] = truncate(row[column], max(left, 20))
+	}
 }

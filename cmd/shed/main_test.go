@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -35,27 +36,32 @@ func serve(t *testing.T, fake *apitest.Fake) {
 // serveSocket starts a server of fake and returns its socket.
 func serveSocket(t *testing.T, fake *apitest.Fake) string {
 	t.Helper()
-	dir := t.TempDir()
-	socket := filepath.Join(dir, "s")
+	socket := filepath.Join(t.TempDir(), "s")
+	info := shed.Info{Name: "test", Version: "v7", Backend: "qemu", Backends: []string{"qemu"}, Accel: "tcg"}
+	serveOn(t, socket, fake, api.Config{Info: info})
+	return socket
+}
+
+// serveOn serves fake on a socket until stop is called, or the test ends.
+func serveOn(t *testing.T, socket string, fake *apitest.Fake, cfg api.Config) (stop func()) {
+	t.Helper()
 	ln, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
-	info := shed.Info{Name: "test", Version: "v7", Backend: "qemu", Backends: []string{"qemu"}, Accel: "tcg"}
-	log := slog.New(slog.DiscardHandler)
+	cfg.Sheds, cfg.Images, cfg.Log = fake, fake, slog.New(slog.DiscardHandler)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() {
-		done <- api.Serve(ctx, ln, api.NewServer(api.Config{Sheds: fake, Images: fake, Info: info, Log: log}), log)
-	}()
-	t.Cleanup(func() {
+	go func() { done <- api.Serve(ctx, ln, api.NewServer(cfg), cfg.Log) }()
+	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
 		fake.WaitCommands()
 	})
-	return socket
+	t.Cleanup(stop)
+	return stop
 }
 
 func writeConfig(t *testing.T, text string) string {

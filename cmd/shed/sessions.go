@@ -12,7 +12,6 @@ import (
 	"github.com/charliek/shed/internal/api"
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 )
 
 func newSessions(c *cli) *cobra.Command {
@@ -68,7 +67,7 @@ func (c *cli) sessionsOf(ctx context.Context, ref string) error {
 	if c.json {
 		return c.printJSON(append([]shed.Session{}, sessions...))
 	}
-	if err := c.printSessions(sessionsHeader, sessionRows(sessions)); err != nil {
+	if err := c.printFitted(sessionsHeader, sessionRows(sessions), len(sessionsHeader)-1); err != nil {
 		return err
 	}
 	if len(sessions) == 0 {
@@ -81,7 +80,7 @@ const noSessions = "There are no sessions. Open one with: shed attach NAME"
 
 // serverSessions lists the sessions of all sheds of a server.
 func (c *cli) serverSessions(ctx context.Context) error {
-	client, err := c.connect("")
+	client, err := c.connect()
 	if err != nil {
 		return err
 	}
@@ -96,7 +95,7 @@ func (c *cli) serverSessions(ctx context.Context) error {
 		}
 		return exitStatus(exitError)
 	}
-	if err := c.printSessions(sessionsHeader, sessionRows(list.Sessions)); err != nil {
+	if err := c.printFitted(sessionsHeader, sessionRows(list.Sessions), len(sessionsHeader)-1); err != nil {
 		return err
 	}
 	if len(list.Unanswered) > 0 {
@@ -153,7 +152,7 @@ func (c *cli) allSessions(ctx context.Context) error {
 	}
 	slices.SortStableFunc(rows, func(a, b []string) int { return cmp.Compare(a[0], b[0]) })
 	header := append([]string{sessionsHeader[0], "SERVER"}, sessionsHeader[1:]...)
-	if err := c.printSessions(header, rows); err != nil {
+	if err := c.printFitted(header, rows, len(header)-1); err != nil {
 		return err
 	}
 	if len(rows) == 0 && len(doc.Unanswered) == 0 && len(doc.Offline) == 0 {
@@ -178,16 +177,6 @@ func sessionRows(sessions []shed.Session) [][]string {
 		rows = append(rows, []string{s.Shed, s.Name, oneLine(s.Command), attached(s.Attached), idle(s.ActiveAt, now), oneLine(s.LastLine)})
 	}
 	return rows
-}
-
-// printSessions is printTable with the last column cut to what a terminal has room for.
-func (c *cli) printSessions(header []string, rows [][]string) error {
-	if fd, tty := terminal(c.out); tty {
-		if width, _, err := term.GetSize(fd); err == nil {
-			fitColumn(header, rows, len(header)-1, width)
-		}
-	}
-	return c.printTable(header, rows)
 }
 
 func attached(n int) string {

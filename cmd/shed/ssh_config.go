@@ -84,14 +84,6 @@ such as its HostName, ProxyJump or IdentityFile, holds for its sheds too.`,
 	return cmd
 }
 
-// optionalName is the check of a command whose one argument, NAME, may be left out.
-func optionalName(cmd *cobra.Command, args []string) error {
-	if len(args) == 0 {
-		return nil
-	}
-	return needs(false, "NAME")(cmd, args)
-}
-
 // sshServer is a server as ssh gets to it, and sheds of it.
 type sshServer struct {
 	hosts []sshconfig.Host

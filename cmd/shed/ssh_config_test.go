@@ -1,15 +1,11 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
-	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/charliek/shed"
@@ -31,26 +27,7 @@ func serveSSH(t *testing.T, addr, key string, sheds ...string) (socket string, s
 		fake.Add(shed.Shed{Name: name, Status: shed.StatusRunning})
 	}
 	socket = filepath.Join(t.TempDir(), "s")
-	ln, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	log := slog.New(slog.DiscardHandler)
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() {
-		done <- api.Serve(ctx, ln, api.NewServer(api.Config{
-			Sheds: fake, Images: fake, Info: shed.Info{SSH: addr}, HostKey: shed.HostKey{Key: key}, Log: log,
-		}), log)
-	}()
-	stop = sync.OnceFunc(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	t.Cleanup(stop)
-	return socket, stop
+	return socket, serveOn(t, socket, fake, api.Config{Info: shed.Info{SSH: addr}, HostKey: shed.HostKey{Key: key}})
 }
 
 // sshHome makes a home directory with an SSH configuration of the user's.

@@ -30,7 +30,7 @@ type startReport struct {
 
 func (r *startReport) fail(err error) {
 	if err != nil {
-		r.Error = &shed.Error{Code: shed.ErrorCode(err), Message: err.Error(), Hint: shed.ErrorHint(err)}
+		r.Error = errorDoc(err)
 	}
 }
 

@@ -69,6 +69,14 @@ func needs(many bool, names ...string) cobra.PositionalArgs {
 // noArgs is the check of a command without arguments.
 func noArgs(cmd *cobra.Command, args []string) error { return needs(false)(cmd, args) }
 
+// optionalName is the check of a command whose one argument, NAME, may be left out.
+func optionalName(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return needs(false, "NAME")(cmd, args)
+}
+
 // refuseJSON is for commands whose stdout isn't theirs.
 func refuseJSON(c *cli, cmd *cobra.Command, why string) error {
 	if c.json {

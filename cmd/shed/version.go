@@ -41,7 +41,7 @@ func newVersion(c *cli) *cobra.Command {
 }
 
 func (c *cli) serverInfo(ctx context.Context) (shed.Info, error) {
-	client, err := c.connect("")
+	client, err := c.connect()
 	if err != nil {
 		return shed.Info{}, err
 	}

@@ -182,9 +182,7 @@ func (b *bench) rsync(ours, theirs []string) error {
 
 // keystrokes measures from a key to its echo on the terminal, with tmux in between on both sides.
 func (b *bench) keystrokes(_, theirs []string) error {
-	attach := exec.Command(filepath.Join(b.bin, "shed"), "attach", "x", "-S", "ours")
-	attach.Env = b.env
-	our, err := openTerminal(attach)
+	our, err := openTerminal(b.command("attach", "x", "-S", "ours"))
 	if err != nil {
 		return err
 	}

@@ -278,8 +278,7 @@ func (b *bench) throughput() error {
 		return err
 	}
 	out, err := b.median(func() (time.Duration, error) {
-		cmd := exec.Command(filepath.Join(b.bin, "shed"), "exec", "x", "--", "cat", file)
-		cmd.Env = b.env
+		cmd := b.command("exec", "x", "--", "cat", file)
 		start := time.Now()
 		err := cmd.Run() // its output goes to /dev/null
 		return time.Since(start), err

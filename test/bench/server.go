@@ -108,9 +108,16 @@ func (s *server) shed(args ...string) (time.Duration, error) {
 }
 
 func (s *server) output(stdin io.Reader, args ...string) (string, time.Duration, error) {
-	cmd := exec.Command(filepath.Join(s.bin, "shed"), args...)
-	cmd.Env, cmd.Stdin = s.env, stdin
+	cmd := s.command(args...)
+	cmd.Stdin = stdin
 	return timed(cmd)
+}
+
+// command is the CLI, not started yet.
+func (s *server) command(args ...string) *exec.Cmd {
+	cmd := exec.Command(filepath.Join(s.bin, "shed"), args...)
+	cmd.Env = s.env
+	return cmd
 }
 
 // timed runs cmd and returns its output and how long it took.
