@@ -345,6 +345,8 @@ func TestKilled(t *testing.T) {
 	if len(seen) < 20 {
 		t.Errorf("only %d states were seen", len(seen))
 	}
+	// What the last one that was killed has left goes with the next change.
+	apply(t, path, set(host(t, "a", "web")))
 	apply(t, path, set())
 	if left, err := os.ReadDir(filepath.Dir(path)); err != nil || len(left) > 1 || contents(t, path) != rest {
 		t.Errorf("left: %v, %v", left, err)
