@@ -11,6 +11,17 @@ import (
 	"github.com/charliek/shed"
 )
 
+// CreateTemp creates the temporary file that is to be committed to path. Its name follows from
+// path, so what a killed process left is used again and not left for good. One at a time may do
+// this for a path.
+func CreateTemp(path string) (*os.File, error) {
+	name := filepath.Join(filepath.Dir(path), tempPrefix+filepath.Base(path))
+	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	return os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+}
+
 // Commit makes the open temporary file f the file at path, with the given
 // mode: it syncs f, closes it, renames it over whatever is at path and syncs
 // the directory. f must be on the same file system as path. Where it fails, f is

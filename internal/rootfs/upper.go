@@ -45,7 +45,7 @@ func CreateUpper(ctx context.Context, templatesDir, path string, size int64) err
 		return fmt.Errorf("making a template for an upper: %w", err)
 	}
 	defer template.Close()
-	f, err := createTemp(path)
+	f, err := CreateTemp(path)
 	if err != nil {
 		return fmt.Errorf("creating an upper: %w", NoSpace(err, path))
 	}
@@ -57,16 +57,6 @@ func CreateUpper(ctx context.Context, templatesDir, path string, size int64) err
 		return fmt.Errorf("creating an upper: %w", err)
 	}
 	return nil
-}
-
-// createTemp creates the temporary file that is to be committed to path. Its name
-// follows from path, so what a killed process left is used again and not left for good.
-func createTemp(path string) (*os.File, error) {
-	name := filepath.Join(filepath.Dir(path), tempPrefix+filepath.Base(path))
-	if err := os.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
-	return os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 }
 
 // upperTemplate opens the template for uppers of size bytes, and makes it if it isn't there.

@@ -243,7 +243,7 @@ func (d *Dir) Remove(name string) error {
 }
 
 func write(file string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(file), ".tmp-")
+	f, err := rootfs.CreateTemp(file)
 	if err != nil {
 		return rootfs.NoSpace(err, file)
 	}

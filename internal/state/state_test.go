@@ -107,7 +107,8 @@ func TestRecordsSurvive(t *testing.T) {
 func TestLoadIgnoresWhatAKilledServerLeft(t *testing.T) {
 	d := openDir(t, t.TempDir())
 	create(t, d, record("web"))
-	writeFile(t, d.Shed("web")+"/.tmp-123", `{"version": 1, "phase": "del`)
+	half := d.Shed("web") + "/.tmp-shed.json"
+	writeFile(t, half, `{"version": 1, "phase": "del`)
 	writeFile(t, d.Path(".tmp-456"), "")
 	writeFile(t, d.Path("sheds", "file"), "")
 	for _, name := range []string{"UPPER", ".hidden", "lost+found"} {
@@ -117,6 +118,12 @@ func TestLoadIgnoresWhatAKilledServerLeft(t *testing.T) {
 	}
 	if records, damaged := load(t, d); len(records) != 1 || !reflect.DeepEqual(records[0], record("web")) || len(damaged) != 0 {
 		t.Errorf("%+v, %+v", records, damaged)
+	}
+	if err := d.Save(record("web")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(half); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after another save: %v", err)
 	}
 }
 
