@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/charliek/shed"
+	"github.com/moby/buildkit/frontend/dockerfile/command"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
 	"github.com/moby/buildkit/frontend/dockerfile/shell"
@@ -44,27 +45,25 @@ func dockerfileError(err error) error {
 	return shed.Errorf(shed.CodeInvalid, "the Dockerfile is wrong%s: %w", where, err)
 }
 
-// pinned returns the Dockerfile with those of its FROMs replaced that name an image by digest: names has what they are
-// called in the builder. A base that is given to buildah by name alone is found; by digest it is looked
-// for in vain, since the one of a multi-platform index is no image's.
-func (g *graph) pinned(names map[string]string) ([]byte, error) {
-	lines := bytes.SplitAfter(g.dockerfile, []byte("\n"))
-	for _, s := range g.stages {
+// pin has the FROMs in the lines of the Dockerfile take their images by what names has, which is what they are called in the
+// builder: buildah finds no base by its digest, nor by an argument's default.
+func (g *graph) pin(lines []string, names map[string]string) error {
+	for n, s := range g.stages {
 		ref, err := g.expand(s.BaseName)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		name, ok := names[ref]
-		if !ok || !strings.Contains(ref, "@") {
+		if _, isStage := g.stage(ref, n); isStage || !ok {
 			continue
 		}
-		for _, where := range s.Location {
-			for i := where.Start.Line; i <= where.End.Line; i++ {
-				lines[i-1] = bytes.Replace(lines[i-1], []byte(s.BaseName), []byte(name), 1)
-			}
+		from := strings.Fields(s.SourceCode)
+		if i := slices.Index(from[1:], s.BaseName); i >= 0 {
+			from[1+i] = name
+			place(lines[s.Location[0].Start.Line-1:s.Location[len(s.Location)-1].End.Line], strings.Join(from, " "))
 		}
 	}
-	return bytes.Join(lines, nil), nil
+	return nil
 }
 
 // graph is a Dockerfile, to walk over the stages that a target needs.
@@ -72,7 +71,9 @@ type graph struct {
 	dockerfile []byte
 	stages     []instructions.Stage
 	lex        *shell.Lex
-	args       []string // K=V, of those before the first FROM
+	escape     rune              // what its lines go on in the next with
+	given      map[string]string // arguments
+	args       []string          // K=V, of those before the first FROM
 	images     map[string]bool
 	seen       map[int]bool
 }
@@ -84,7 +85,7 @@ func parse(dockerfile []byte, args map[string]string) (*graph, error) {
 	if err != nil {
 		return nil, dockerfileError(err)
 	}
-	if err := refuseHeredocs(parsed.AST); err != nil {
+	if err := refuseTriggers(parsed.AST); err != nil {
 		return nil, err
 	}
 	stages, declared, err := instructions.Parse(parsed.AST, nil)
@@ -94,31 +95,33 @@ func parse(dockerfile []byte, args map[string]string) (*graph, error) {
 	if len(stages) == 0 {
 		return nil, shed.Errorf(shed.CodeInvalid, "the Dockerfile has no FROM")
 	}
-	g := &graph{dockerfile: dockerfile, stages: stages, lex: shell.NewLex(parsed.EscapeToken), images: map[string]bool{}, seen: map[int]bool{}}
-	return g, g.setArgs(declared, args)
+	g := &graph{
+		dockerfile: dockerfile, stages: stages, lex: shell.NewLex(parsed.EscapeToken), escape: parsed.EscapeToken, given: args,
+		images: map[string]bool{}, seen: map[int]bool{},
+	}
+	return g, g.setArgs(declared)
 }
 
-// refuseHeredocs says where a Dockerfile has a here-document: buildah takes the lines of one for instructions.
-func refuseHeredocs(dockerfile *parser.Node) error {
+// refuseTriggers says where a Dockerfile has an ONBUILD with a here-document: the image would have it, for builders that know none.
+func refuseTriggers(dockerfile *parser.Node) error {
 	for _, node := range dockerfile.Children {
-		if len(node.Heredocs) == 0 {
-			continue
+		if len(node.Heredocs) > 0 && strings.EqualFold(node.Value, command.Onbuild) {
+			return heredocError(node.StartLine, node.Original, shed.Errorf(shed.CodeUnsupported, "it is in an ONBUILD").
+				WithHint("put its lines in a file of the context instead: COPY it and, if they are commands, ONBUILD RUN sh on it; a few commands go on one line with &&"))
 		}
-		return shed.Errorf(shed.CodeUnsupported, "the Dockerfile has a here-document in line %d, %.200q, and builds here know none", node.StartLine, node.Original).
-			WithHint("put its lines in a file of the context instead: COPY it and, if they are commands, RUN sh on it; a few commands go on one line with &&")
 	}
 	return nil
 }
 
 // setArgs settles the arguments that FROM may use.
-func (g *graph) setArgs(declared []instructions.ArgCommand, given map[string]string) error {
+func (g *graph) setArgs(declared []instructions.ArgCommand) error {
 	platform := "linux/" + runtime.GOARCH
 	for _, p := range []string{"BUILD", "TARGET"} {
 		g.args = append(g.args, p+"PLATFORM="+platform, p+"OS=linux", p+"ARCH="+runtime.GOARCH)
 	}
 	for _, cmd := range declared {
 		for _, arg := range cmd.Args {
-			value, ok := given[arg.Key]
+			value, ok := g.given[arg.Key]
 			if !ok && arg.Value != nil {
 				var err error
 				if value, err = g.expand(*arg.Value); err != nil {
@@ -135,11 +138,7 @@ func (g *graph) setArgs(declared []instructions.ArgCommand, given map[string]str
 }
 
 func (g *graph) expand(word string) (string, error) {
-	out, err := g.lex.ProcessWordWithMatches(word, shell.EnvsFromSlice(g.args))
-	if err != nil {
-		return "", shed.Errorf(shed.CodeInvalid, "the Dockerfile's %q: %w", word, err)
-	}
-	return out.Result, nil
+	return g.expandIn(shell.EnvsFromSlice(g.args), word)
 }
 
 // stage finds a stage before the given one by its name or, as COPY --from may, its number.

@@ -12,13 +12,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"path"
-	"slices"
-	"strings"
 
 	"github.com/charliek/shed"
-	"github.com/charliek/shed/internal/lines"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
@@ -67,13 +63,19 @@ func New(sheds shed.Sheds, images Images) *Builder {
 	return b
 }
 
-// Build builds an image as shed.Images says; it waits until no other build runs. It reports the phases of making
-// and starting the shed, and "context", "base", "build" and "layer".
+// Build builds an image as shed.Images says; it waits until no other build runs. It reports "wait", the phases of making
+// and starting the shed, "context", "base", "build" and "layer".
 func (b *Builder) Build(ctx context.Context, opts shed.BuildOptions, buildContext io.Reader, p shed.Progress) (img *shed.Image, err error) {
 	select {
 	case <-b.turn:
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	default:
+		done := p.Phase("wait", "waiting for another build")
+		select {
+		case <-b.turn:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		done()
 	}
 	defer func() { b.turn <- struct{}{} }()
 	if opts.Dockerfile == "" {
@@ -87,7 +89,14 @@ func (b *Builder) Build(ctx context.Context, opts shed.BuildOptions, buildContex
 		_, serr := b.sheds.Stop(context.WithoutCancel(ctx), Shed, nil)
 		err = errors.Join(err, serr)
 	}()
-	return b.build(run{ctx: ctx, sheds: b.sheds, dir: path.Join(workDir, rand.Text())}, opts, buildContext, p)
+	img, err = b.build(run{ctx: ctx, sheds: b.sheds, dir: path.Join(workDir, rand.Text())}, opts, buildContext, p)
+	if err == nil || ctx.Err() != nil {
+		return img, err
+	}
+	if sh, gerr := b.sheds.Get(ctx, Shed); gerr != nil || sh.Status != shed.StatusRunning {
+		return nil, shed.Errorf(shed.CodeConflict, "shed %q, which builds images, has been stopped: %w", Shed, err).WithHint("build again")
+	}
+	return nil, err
 }
 
 func (b *Builder) start(ctx context.Context, p shed.Progress) error {
@@ -139,16 +148,12 @@ func (b *Builder) build(r run, opts shed.BuildOptions, buildContext io.Reader, p
 			return nil, fmt.Errorf("image %s, which the Dockerfile builds on: %w", ref, err)
 		}
 	}
-	text, err := g.pinned(names)
+	name := resultName(opts.Tag)
+	in, err := r.prepare(g, contextDir, names)
 	if err != nil {
 		return nil, err
 	}
-	file := path.Join(r.dir, "Dockerfile")
-	if err := r.write(bytes.NewReader(text), file); err != nil {
-		return nil, err
-	}
-	name := resultName(opts.Tag)
-	if err := r.bud(opts, file, contextDir, name, names, p); err != nil {
+	if err := r.bud(opts, in, name, p); err != nil {
 		return nil, err
 	}
 	return b.fetch(r, name, opts.Tag, p)
@@ -171,7 +176,7 @@ func (b *Builder) sendBase(r run, ref string, p shed.Progress) (name string, err
 	if r.run(nil, nil, tag...) == nil {
 		return name, nil // it has been sent before, or was built there
 	}
-	defer p.Phase("base", "sending "+ref)()
+	sent := p.Phase("base", "sending "+ref)
 	pr, pw := io.Pipe()
 	saved := make(chan struct{})
 	go func() {
@@ -182,54 +187,24 @@ func (b *Builder) sendBase(r run, ref string, p shed.Progress) (name string, err
 	err = r.write(p.Reader(pr, shed.Event{Phase: "base"}), archive)
 	pr.CloseWithError(io.ErrClosedPipe) // lets a blocked Save go
 	<-saved
-	if err == nil {
-		err = r.run(nil, nil, "sh", "-c", `buildah pull -q "oci-archive:$1" && rm "$1"`, "sh", archive)
-	}
-	if err == nil {
-		err = r.run(nil, nil, tag...)
-	}
-	return name, err
-}
-
-// bud runs buildah's build. What it says is reported line by line.
-func (r run) bud(opts shed.BuildOptions, file, contextDir, name string, bases map[string]string, p shed.Progress) error {
-	args := []string{"buildah", "bud", "--isolation", "chroot", "--layers", "--pull-never", "--format", "oci", "-f", file, "-t", name}
-	for _, ref := range slices.Sorted(maps.Keys(bases)) {
-		args = append(args, "--build-context", ref+"=container-image://"+bases[ref])
-	}
-	for _, key := range slices.Sorted(maps.Keys(opts.Args)) {
-		args = append(args, "--build-arg", key+"="+opts.Args[key])
-	}
-	if opts.Target != "" {
-		args = append(args, "--target", opts.Target)
-	}
-	if opts.NoCache {
-		args = append(args, "--no-cache")
-	}
-	done := p.Phase("build", "building "+opts.Tag)
-	known := []string{name, opts.Tag}
-	for ref, name := range bases {
-		known = append(known, name, ref)
-	}
-	readable := strings.NewReplacer(known...)
-	say := lines.New(lastLines, func(line string) { p.Report(shed.Event{Phase: "build", Message: readable.Replace(line)}) })
-	status, err := r.stream(nil, say.Writer(), say.Writer(), append(args, contextDir)...)
+	sent()
 	if err != nil {
-		return err
+		return "", err
 	}
-	if status.Code != 0 {
-		return shed.Errorf(shed.CodeCommand, "the build failed: %s%s", status.Error, readable.Replace(say.Last()))
+	defer p.Phase("unpack", "unpacking "+ref+" in the builder")()
+	if err := r.run(nil, nil, "sh", "-c", `buildah pull -q "oci-archive:$1" && rm "$1"`, "sh", archive); err != nil {
+		return "", err
 	}
-	done()
-	return nil
+	return name, r.run(nil, nil, tag...)
 }
 
 // fetch makes an image here of the builder's, and tags it. Only layers that aren't here yet come, uncompressed.
 func (b *Builder) fetch(r run, name, tag string, p shed.Progress) (*shed.Image, error) {
-	var config, layers bytes.Buffer
-	if err := r.run(nil, &limitedWriter{w: &config, left: maxJSON}, "buildah", "inspect", "--type", "image", "--format", "{{.Config}}", name); err != nil {
+	config, err := r.config(name)
+	if err != nil {
 		return nil, err
 	}
+	var layers bytes.Buffer
 	if err := r.read(layersFile, maxJSON, &layers); err != nil {
 		return nil, err
 	}
@@ -241,7 +216,7 @@ func (b *Builder) fetch(r run, name, tag string, p shed.Progress) (*shed.Image, 
 	for _, l := range known {
 		ids[l.DiffID] = l.ID
 	}
-	return b.images.Assemble(r.ctx, bytes.TrimSuffix(config.Bytes(), []byte("\n")), tag, func(ctx context.Context, diffID v1.Hash) io.ReadCloser {
+	return b.images.Assemble(r.ctx, config, tag, func(ctx context.Context, diffID v1.Hash) io.ReadCloser {
 		return r.open(ctx, "containers-storage", "diff", "--uncompressed", ids[diffID.String()])
 	}, p)
 }

@@ -38,7 +38,7 @@ func (e *Engine) imageFor(ctx context.Context, b Backend, name string, p shed.Pr
 		if err == nil || ctx.Err() != nil { // it was not looked for here
 			return nil, nil, perr
 		}
-		both := shed.Errorf(shed.CodeNoImage, "%w here, and it can't be pulled: %v", err, perr)
+		both := shed.Errorf(shed.ErrorCode(perr), "%w here, and it can't be pulled: %v", err, perr)
 		return nil, nil, both.WithHint("%s", cmp.Or(shed.ErrorHint(perr), shed.ErrorHint(err)))
 	}
 	return e.Config.Images.Acquire(ref)

@@ -24,17 +24,25 @@ import (
 // Presets are stacked: base; extensions upon it; full upon that. The bootstrapped system at the bottom is shared: base
 // gets a new one, and the others take the newest that a preset image has, if there is one that was made in the same way.
 //
-// An unknown preset is CodeInvalid, another build under way CodeConflict, and a host that lacks what
-// it takes CodeUnsupported.
+// One is built at a time: another waits for its turn, as phase "wait". An unknown preset is CodeInvalid, and a host that
+// lacks what it takes CodeUnsupported.
 func (s *Store) BuildPreset(ctx context.Context, name string, p shed.Progress) (*shed.Image, error) {
 	made, err := preset.Find(name)
 	if err != nil {
 		return nil, err
 	}
-	if !s.building.TryLock() {
-		return nil, shed.Errorf(shed.CodeConflict, "an image is being built already").WithHint("wait until it is done")
+	select {
+	case s.building <- struct{}{}:
+	default:
+		done := p.Phase("wait", "waiting for the build of another preset")
+		select {
+		case s.building <- struct{}{}:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		done()
 	}
-	defer s.building.Unlock()
+	defer func() { <-s.building }()
 	img, err := s.build(ctx, made, serialize(p))
 	if err != nil {
 		return nil, fmt.Errorf("building image %s: %w", name, err)

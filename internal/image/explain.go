@@ -56,6 +56,8 @@ func (r *registry) explain(err error) error {
 	}
 	e := shed.Errorf(shed.CodeRegistry, "%s: %w", host, err)
 	switch {
+	case errors.As(err, new(*net.DNSError)) && r.repo.RegistryStr() == name.DefaultRegistry: // which few write in a name
+		return e.WithHint("what is not in `shed image ls` and names no registry is looked for at Docker Hub: is the name right, and does the server's DNS work?")
 	case errors.As(err, new(*net.DNSError)):
 		return e.WithHint("is the name of the registry right, and does the server's DNS work?")
 	case errors.Is(err, syscall.ECONNREFUSED):

@@ -235,7 +235,7 @@ func noGoroutinesLeft(t testing.TB) {
 	before := runtime.NumGoroutine()
 	t.Cleanup(func() {
 		http.DefaultTransport.(*http.Transport).CloseIdleConnections()
-		for range 500 {
+		for range 6000 { // a minute
 			if runtime.NumGoroutine() <= before {
 				return
 			}

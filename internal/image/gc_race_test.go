@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"sync"
@@ -182,7 +181,8 @@ func TestPruneCutOff(t *testing.T) {
 		if n == 0 && !errors.Is(err, context.Canceled) {
 			t.Fatalf("got %v", err)
 		}
-		list, lerr := open(t, filepath.Dir(s.dir)).List(t.Context())
+		s = reopen(t, s)
+		list, lerr := s.List(t.Context())
 		if lerr != nil || len(list) != 1 || list[0].Platform == "" {
 			t.Fatalf("after %d files the store lists %v, %v", n, list, lerr)
 		}

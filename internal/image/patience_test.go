@@ -15,7 +15,7 @@ import (
 // What a registry does wrong for good is tried so many times and no more, whoever notices it.
 func TestTriesDontMultiply(t *testing.T) {
 	p := hasty
-	p.stall = 500 * time.Millisecond
+	p.stall = time.Minute
 	p.answer = p.stall
 	hang := func(w http.ResponseWriter, r *http.Request, n int) { <-r.Context().Done() }
 	abort := func(http.ResponseWriter, *http.Request, int) { panic(http.ErrAbortHandler) }
@@ -56,6 +56,10 @@ func TestTriesDontMultiply(t *testing.T) {
 					}
 					return strings.HasSuffix(r.URL.Path, path)
 				})
+				p := p
+				if hangs(name) {
+					p.stall = 500 * time.Millisecond
+				}
 				_, err := open(t, t.TempDir()).pull(t.Context(), shed.PullOptions{Ref: f.ref()}, p, nil)
 				wantTries(t, f.seen(path), err, kind.want, p.tries, name)
 			})
@@ -93,14 +97,20 @@ func TestTriesDontMultiply(t *testing.T) {
 	}
 }
 
-// wantTries checks that there were so many requests, and that the error says so.
+// hangs reports whether a registry that does something of that kind may not answer.
+func hangs(kind string) bool {
+	return slices.Contains([]string{"hangs", "hangs after the header", "everything in turn"}, kind)
+}
+
+// wantTries checks that there were so many requests, and that the error says so. What hangs is given up so soon that a
+// busy machine may not have seen all requests by then.
 func wantTries(t *testing.T, requests []string, err error, want string, tries int, kind string) {
 	t.Helper()
 	most := tries
 	if kind == "hangs up" || kind == "everything in turn" {
 		most++ // net/http has another connection where one that it had used before ends
 	}
-	if len(requests) < tries || len(requests) > most {
+	if len(requests) < tries && !hangs(kind) || len(requests) > most {
 		t.Errorf("%d requests were made, want %d: %q", len(requests), tries, requests)
 	}
 	if shed.ErrorCode(err) != shed.CodeRegistry || !strings.Contains(err.Error(), want) || !strings.HasSuffix(err.Error(), "in "+strconv.Itoa(tries)+" tries") {

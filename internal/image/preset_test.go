@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -19,10 +20,20 @@ func TestBuildPresetRefuses(t *testing.T) {
 	if _, err := s.BuildPreset(t.Context(), "nope", nil); shed.ErrorCode(err) != shed.CodeInvalid {
 		t.Errorf("got %v, want %s", err, shed.CodeInvalid)
 	}
-	s.building.Lock()
-	defer s.building.Unlock()
-	if _, err := s.BuildPreset(t.Context(), "base", nil); shed.ErrorCode(err) != shed.CodeConflict {
-		t.Errorf("got %v, want %s", err, shed.CodeConflict)
+}
+
+func TestBuildPresetWaits(t *testing.T) {
+	s := open(t, t.TempDir())
+	s.building <- struct{}{}
+	ctx, cancel := context.WithCancel(t.Context())
+	_, err := s.BuildPreset(ctx, "base", func(e shed.Event) {
+		if e.Phase != "wait" {
+			t.Errorf("it didn't wait: %+v", e)
+		}
+		cancel()
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Error(err)
 	}
 }
 

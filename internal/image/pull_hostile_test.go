@@ -2,7 +2,9 @@ package image
 
 import (
 	"fmt"
+	"net"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -264,6 +266,22 @@ func TestPullRefuses(t *testing.T) {
 				t.Errorf("held are %v", s.held)
 			}
 		})
+	}
+}
+
+func TestExplainNoSuchHost(t *testing.T) {
+	for ref, hint := range map[string]string{"bsae": "Docker Hub", "nothing.invalid/x": "name of the registry"} {
+		parsed, err := parseRef(ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		host := parsed.Context().RegistryStr()
+		missing := &net.DNSError{Err: "no such host", Name: host, IsNotFound: true}
+		r := &registry{repo: parsed.Context()}
+		err = r.explain(&url.Error{Op: "Get", URL: "https://" + host + "/v2/", Err: &net.OpError{Op: "dial", Net: "tcp", Err: missing}})
+		if shed.ErrorCode(err) != shed.CodeRegistry || !strings.HasPrefix(err.Error(), host+": ") || !strings.Contains(err.Error(), "no such host") || !strings.Contains(shed.ErrorHint(err), hint) {
+			t.Errorf("%s: got %v, hint %q", ref, err, shed.ErrorHint(err))
+		}
 	}
 }
 

@@ -120,6 +120,7 @@ func TestPullGoesOn(t *testing.T) {
 				if err := <-done; !errors.Is(err, context.Canceled) {
 					t.Errorf("the cancelled pull gives %v", err)
 				}
+				s.Close()
 			}
 		},
 		"killed": func(t *testing.T, dir string, f *fakeRegistry) func() {

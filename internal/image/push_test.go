@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/porttest"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -37,12 +38,11 @@ func realRegistry(t testing.TB, config string) string {
 		t.Fatal("docker-registry is needed for this test: install the package of that name")
 	}
 	dir := t.TempDir()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := porttest.Unused()
 	if err != nil {
 		t.Fatal(err)
 	}
-	host := l.Addr().String()
-	l.Close()
+	host := fmt.Sprintf("127.0.0.1:%d", port)
 	file := filepath.Join(dir, "config.yml")
 	config = fmt.Sprintf("version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\nstorage: {filesystem: {rootdirectory: %s/data}}\nhttp:\n  addr: %s\n%s",
 		dir, host, config)

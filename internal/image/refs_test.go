@@ -167,7 +167,7 @@ func TestSkopeoWrites(t *testing.T) {
 	for _, tag := range []string{"one", "foreign", "many", "others"} {
 		skopeo(t, "copy", "--all", "oci:"+from+":"+tag, "oci:"+s.dir+":"+tag)
 	}
-	s = open(t, dir)
+	s = reopen(t, s)
 	list, err := s.List(t.Context())
 	if err != nil || len(list) != 4 {
 		t.Fatalf("listed are %v, %v", list, err)
@@ -326,13 +326,16 @@ func FuzzIndex(f *testing.F) {
 	f.Add([]byte(`{"manifests": [{"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": "sha256:` + strings.Repeat("0", 64) + `"}]}`))
 	f.Add([]byte(`{"manifests": [{}, {"annotations": {"org.opencontainers.image.ref.name": "x"}}]}`))
 	f.Add([]byte(`null`))
+	s.Close()
 	f.Fuzz(func(t *testing.T, index []byte) {
 		if err := os.WriteFile(s.path("index.json"), index, 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Open(s.dir, s.layers); err != nil {
+		s, err := Open(s.dir, s.layers)
+		if err != nil {
 			return
 		}
+		defer s.Close()
 		list, err := s.List(t.Context())
 		if err != nil {
 			t.Fatalf("it opens, and can't be listed: %v", err)

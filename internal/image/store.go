@@ -23,6 +23,7 @@ import (
 	"github.com/charliek/shed/internal/rootfs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -37,30 +38,48 @@ const (
 // platforms the image for this host counts.
 //
 // Everything in it is complete and synced when it appears. Methods may be called concurrently; only
-// one process may write to the layout, while any may read it.
+// one Store may be open for a layout, while any process may read it.
 type Store struct {
 	dir    string
 	layers *rootfs.Layers
+	lock   *os.File // the directory, locked
 
 	mu       sync.Mutex // held to change index.json and to remove anything, and to read what must not be removed meanwhile
 	held     holds
-	building sync.Mutex // held during a build
+	building chan struct{} // has an element while a preset is built
 	ingests  ingests
 }
 
 // Open opens the layout in dir, which it makes if need be, and removes what
-// killed processes left there. Block images come from and go to layers.
+// killed processes left there. Block images come from and go to layers. Where another Store
+// is open for the layout, in whichever process, it is a CodeConflict.
 func Open(dir string, layers *rootfs.Layers) (*Store, error) {
-	s := &Store{dir: dir, layers: layers, held: holds{}}
+	s := &Store{dir: dir, layers: layers, held: holds{}, building: make(chan struct{}, 1)}
 	if err := s.open(); err != nil {
+		s.Close()
 		return nil, fmt.Errorf("opening the images: %w", err)
 	}
 	return s, nil
 }
 
+// Close gives the layout up. The store is of no use any more.
+func (s *Store) Close() error { return s.lock.Close() }
+
 func (s *Store) open() error {
 	if err := os.MkdirAll(filepath.Join(s.dir, "blobs", "sha256"), 0o755); err != nil {
 		return err
+	}
+	var err error
+	if s.lock, err = os.Open(s.dir); err != nil {
+		return err
+	}
+	err = unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return shed.Errorf(shed.CodeConflict, "another shed-server uses %s", s.dir).
+			WithHint("stop it first, or give this one another images_dir")
+	}
+	if err != nil {
+		return fmt.Errorf("locking %s: %w", s.dir, err)
 	}
 	left, err := filepath.Glob(filepath.Join(s.dir, tempPrefix+"*"))
 	if err != nil {

@@ -35,7 +35,25 @@ func open(t testing.TB, dir string) *Store {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { s.Close() })
 	return s
+}
+
+// reopen closes s and opens what it leaves.
+func reopen(t testing.TB, s *Store) *Store {
+	t.Helper()
+	s.Close()
+	return open(t, filepath.Dir(s.dir))
+}
+
+// What one server has open, another one must not change.
+func TestOpenOnce(t *testing.T) {
+	s := open(t, t.TempDir())
+	_, err := Open(s.dir, s.layers)
+	if shed.ErrorCode(err) != shed.CodeConflict || !strings.Contains(err.Error(), s.dir) {
+		t.Errorf("opened again: %v; want a %s with %s", err, shed.CodeConflict, s.dir)
+	}
+	reopen(t, s)
 }
 
 func tarOf(t testing.TB, name, content string) []byte {
@@ -158,7 +176,7 @@ func TestListAndResolve(t *testing.T) {
 	node := digestOf(t, addImage(t, s, "node", layerOf(t, types.OCILayer, tarOf(t, "node", "x"))))
 	base := digestOf(t, addImage(t, s, "base", layerOf(t, types.OCILayer, tarOf(t, "base", "x"))))
 
-	s = open(t, dir)
+	s = reopen(t, s)
 	all, err := s.List(t.Context())
 	if err != nil || len(all) != 2 || all[0].Ref != "base" || all[1].Ref != "node" {
 		t.Fatalf("the store lists %v, %v", all, err)
@@ -281,7 +299,7 @@ func TestOpenRemovesLeftovers(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(spool, "0"), []byte("a file of an archive"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s = open(t, dir)
+	s = reopen(t, s)
 	for _, path := range []string{left, spool} {
 		if _, err := os.Lstat(path); !os.IsNotExist(err) {
 			t.Errorf("%s is still there: %v", path, err)
@@ -346,6 +364,7 @@ func TestDamage(t *testing.T) {
 	if err := os.WriteFile(index, []byte(`{"manifests": [`), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	s.Close()
 	for name, err := range map[string]error{
 		"Open": second(Open(s.dir, s.layers)), "List": second(s.List(t.Context())), "Resolve": second(s.Resolve("base")),
 		"tag": s.tag(v1.Descriptor{}, "base"),

@@ -60,7 +60,8 @@ type inFile struct {
 
 func badArchive(format string, args ...any) error {
 	return shed.Errorf(shed.CodeInvalid, "the archive can't be loaded: "+format, args...).
-		WithHint("make it with `shed image save`, `docker save` or `skopeo copy ... oci-archive:FILE`")
+		WithHint("make it with `shed image save`, `docker save` or `skopeo copy ... oci-archive:FILE`; of a tar of a system's files, " +
+			"a Dockerfile makes an image: FROM scratch, and ADD FILE.tar /")
 }
 
 // unpack writes the files of the tar that r yields, plain or compressed, to dir. What is no archive, or reaches out of it, is

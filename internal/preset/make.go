@@ -36,7 +36,9 @@ func (st Step) Make(ctx context.Context, suite string, lower []Layer, scratch *o
 	if st.hook == "" {
 		return func(w io.Writer) error { return writeFiles(w, st.files) }, nil
 	}
-	done := progress.Phase("packages", "unpacking the layers below")
+	done := progress.Phase("packages", "installing "+st.Comment)
+	say := message(progress, "packages")
+	say("unpacking the layers below")
 	var files []file
 	env := os.Environ()
 	if st.npm {
@@ -56,7 +58,7 @@ func (st Step) Make(ctx context.Context, suite string, lower []Layer, scratch *o
 	merged := merge(layers)
 	boot, err := startBootstrap(ctx, st.args(suite), env, func(w io.Writer) error {
 		return writeTree(w, lower, layers, merged, files)
-	}, message(progress, "packages"))
+	}, say)
 	if err != nil {
 		return nil, err
 	}

@@ -103,7 +103,6 @@ var (
 	systemConfig = v1.Config{
 		Env:        []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"},
 		Cmd:        []string{"/bin/bash"},
-		User:       "shed",
 		WorkingDir: "/home/shed",
 	}
 	builderConfig = v1.Config{Env: systemConfig.Env, Cmd: systemConfig.Cmd, User: "root", WorkingDir: "/"}
