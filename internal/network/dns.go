@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+	"golang.org/x/net/netutil"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
@@ -23,27 +24,28 @@ const (
 	dnsTimeout = 2 * time.Second // for one server and transport
 
 	maxDNSQueries = 256 // at a time; above, queries fail
-	ownTTL        = 60  // seconds, of the records in Zone
+	maxDNSConns   = 128 // over TCP, at a time; further ones wait
+	ownTTL        = 60  // seconds, of the records in zone
 	dnsPort       = 53
 )
 
-// dnsServer answers DNS on Gateway. Names in Zone it knows itself; all other
+// dnsServer answers DNS on Gateway. Names in zone it knows itself; all other
 // queries go to the host's name servers as they are, so that types, DNSSEC
-// and errors pass through. Names that the host knows only from its /etc/hosts
-// are not the guest's to see.
+// and errors pass through. The host's /etc/hosts is not read here; a name server
+// of the host's own, such as systemd-resolved, may answer from it.
 type dnsServer struct {
 	upstreams func() []netip.AddrPort
 	log       *slog.Logger
 	slots     chan struct{}
 	servers   []*dns.Server
-	ctx       context.Context // done when close begins
-	cancel    context.CancelFunc
+	ctx       context.Context // done when the server is to end
 	wg        sync.WaitGroup
 }
 
-// newDNSServer starts a server on s. Nil upstreams mean the host's.
-func newDNSServer(s *stack.Stack, upstreams []netip.AddrPort, log *slog.Logger) (*dnsServer, error) {
-	d := &dnsServer{log: log, slots: make(chan struct{}, maxDNSQueries)}
+// newDNSServer starts a server on s. Nil upstreams mean the host's. Queries end when ctx is done, which is
+// to be before close is called.
+func newDNSServer(ctx context.Context, s *stack.Stack, upstreams []netip.AddrPort, log *slog.Logger) (*dnsServer, error) {
+	d := &dnsServer{ctx: ctx, log: log, slots: make(chan struct{}, maxDNSQueries)}
 	d.upstreams = func() []netip.AddrPort { return upstreams }
 	if upstreams == nil {
 		d.upstreams = (&resolvConf{path: "/etc/resolv.conf"}).servers
@@ -58,8 +60,7 @@ func newDNSServer(s *stack.Stack, upstreams []netip.AddrPort, log *slog.Logger) 
 		pc.Close()
 		return nil, err
 	}
-	d.ctx, d.cancel = context.WithCancel(context.Background())
-	for _, srv := range []*dns.Server{{PacketConn: pc}, {Listener: stackListener{l}}} {
+	for _, srv := range []*dns.Server{{PacketConn: pc}, {Listener: netutil.LimitListener(stackListener{l}, maxDNSConns)}} {
 		started := make(chan struct{})
 		srv.Handler = d
 		srv.UDPSize = dns.MaxMsgSize
@@ -83,9 +84,9 @@ func (l stackListener) Close() error {
 	return l.TCPListener.Close()
 }
 
-// close ends the server. It returns when all queries have ended.
+// close ends the server. It returns when all queries have ended, which those of
+// a guest that doesn't read their answers do only when their connections are aborted.
 func (d *dnsServer) close() {
-	d.cancel()
 	for _, s := range d.servers {
 		_ = s.Shutdown() // fails only for a server that has ended
 	}
@@ -102,8 +103,17 @@ func (d *dnsServer) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 			size = max(size, int(opt.UDPSize()))
 		}
 		answer.Truncate(size)
+	} else {
+		answer.Compress = true // it may be too long without
 	}
-	_ = w.WriteMsg(answer) // fails only if the guest has gone away
+	b, err := answer.Pack()
+	if err != nil || len(b) > dns.MaxMsgSize {
+		d.log.Debug("DNS answer can't be passed on", "bytes", len(b), "error", err)
+		if b, err = new(dns.Msg).SetRcode(q, dns.RcodeServerFailure).Pack(); err != nil {
+			return // not even the question can be repeated
+		}
+	}
+	_, _ = w.Write(b) // fails only if the guest has gone away
 }
 
 // answer returns the answer to q.
@@ -114,13 +124,13 @@ func (d *dnsServer) answer(q *dns.Msg, overUDP bool) *dns.Msg {
 	default:
 		return new(dns.Msg).SetRcode(q, dns.RcodeServerFailure)
 	}
-	if len(q.Question) == 1 && dns.IsSubDomain(Zone+".", q.Question[0].Name) {
+	if len(q.Question) == 1 && dns.IsSubDomain(zone+".", q.Question[0].Name) {
 		return own(q)
 	}
 	return d.forward(q, overUDP)
 }
 
-// own answers a query for a name in Zone.
+// own answers a query for a name in zone.
 func own(q *dns.Msg) *dns.Msg {
 	m := new(dns.Msg).SetReply(q)
 	m.Authoritative, m.RecursionAvailable = true, true
@@ -128,11 +138,11 @@ func own(q *dns.Msg) *dns.Msg {
 	hdr := dns.RR_Header{Name: question.Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: ownTTL}
 	var addr netip.Addr
 	switch strings.ToLower(question.Name) {
-	case HostName + ".":
+	case hostName + ".":
 		addr = hostAddr
-	case GatewayName + ".":
+	case gatewayName + ".":
 		addr = gatewayAddr
-	case Zone + ".":
+	case zone + ".":
 	default:
 		m.Rcode = dns.RcodeNameError
 	}
@@ -141,9 +151,9 @@ func own(q *dns.Msg) *dns.Msg {
 		return m
 	}
 	// Says for how long the absence of a record may be remembered.
-	hdr.Name, hdr.Rrtype = Zone+".", dns.TypeSOA
+	hdr.Name, hdr.Rrtype = zone+".", dns.TypeSOA
 	m.Ns = []dns.RR{&dns.SOA{
-		Hdr: hdr, Ns: GatewayName + ".", Mbox: "nobody." + Zone + ".",
+		Hdr: hdr, Ns: gatewayName + ".", Mbox: "nobody." + zone + ".",
 		Serial: 1, Refresh: 3600, Retry: 3600, Expire: 3600, Minttl: ownTTL,
 	}}
 	return m

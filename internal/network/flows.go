@@ -36,6 +36,7 @@ const (
 type flows struct {
 	n        *Network
 	dialPing func(netip.Addr) (datagramConn, error)
+	started  time.Time
 
 	mu sync.Mutex
 	m  map[flowKey]*flow
@@ -56,11 +57,19 @@ type flowKey struct {
 type flow struct {
 	conn     datagramConn
 	idle     time.Duration
-	lastUsed atomic.Int64 // Unix time in nanoseconds
+	lastUsed atomic.Int64 // nanoseconds after flows.started: the host's clock may be set meanwhile
 }
 
 func newFlows(n *Network) *flows {
-	return &flows{n: n, dialPing: dialPing, m: make(map[flowKey]*flow)}
+	return &flows{n: n, dialPing: dialPing, started: time.Now(), m: make(map[flowKey]*flow)}
+}
+
+// use notes that fl is used now.
+func (f *flows) use(fl *flow) { fl.lastUsed.Store(int64(time.Since(f.started))) }
+
+// idleAt returns when fl will have been idle for too long.
+func (f *flows) idleAt(fl *flow) time.Time {
+	return f.started.Add(time.Duration(fl.lastUsed.Load()) + fl.idle)
 }
 
 // handleUDP takes a datagram of the guest's. If it returns false, the stack
@@ -143,7 +152,7 @@ func (f *flows) get(key flowKey, idle time.Duration, dial func() (datagramConn, 
 			f.receive(key, fl)
 		}()
 	}
-	fl.lastUsed.Store(time.Now().UnixNano())
+	f.use(fl)
 	return fl, nil
 }
 
@@ -174,7 +183,7 @@ func (f *flows) closeAll() {
 func (f *flows) remove(key flowKey, fl *flow, onlyIdle bool) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if onlyIdle && time.Since(time.Unix(0, fl.lastUsed.Load())) < fl.idle {
+	if onlyIdle && time.Now().Before(f.idleAt(fl)) {
 		return false
 	}
 	if f.m[key] == fl {
@@ -197,12 +206,12 @@ func (f *flows) write(key flowKey, fl *flow, b []byte) {
 func (f *flows) receive(key flowKey, fl *flow) {
 	buf := make([]byte, maxDatagram)
 	for {
-		_ = fl.conn.SetReadDeadline(time.Unix(0, fl.lastUsed.Load()).Add(fl.idle))
+		_ = fl.conn.SetReadDeadline(f.idleAt(fl))
 		size, err := fl.conn.Read(buf)
 		var timeout net.Error
 		switch {
 		case err == nil:
-			fl.lastUsed.Store(time.Now().UnixNano())
+			f.use(fl)
 			if key.proto == header.UDPProtocolNumber {
 				f.sendUDP(key, buf[:size])
 			} else {

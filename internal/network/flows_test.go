@@ -54,6 +54,8 @@ func TestUDPEcho(t *testing.T) {
 			t.Fatalf("%d bytes: %d bytes came back, %v", size, got, err)
 		}
 	}
+	n.flows.mu.Lock()
+	defer n.flows.mu.Unlock()
 	if len(n.flows.m) != 1 {
 		t.Errorf("%d flows", len(n.flows.m))
 	}
@@ -61,12 +63,7 @@ func TestUDPEcho(t *testing.T) {
 
 func TestUDPRefused(t *testing.T) {
 	port := echoUDP(t)
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	closed := pc.LocalAddr().(*net.UDPAddr).Port
-	pc.Close()
+	closed := closedPort(t, "udp")
 	_, g := start(t, Config{AllowHostPorts: []int{closed}})
 	for _, dst := range []string{
 		hostPort(port),   // not allowed
@@ -76,6 +73,7 @@ func TestUDPRefused(t *testing.T) {
 		if _, err := io.WriteString(c, "x"); err != nil {
 			t.Fatal(err)
 		}
+		var err error
 		var timeout net.Error
 		for {
 			// An ICMP error doesn't wake gVisor's Read, but the next one returns it.
@@ -188,12 +186,41 @@ func TestARP(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer n.Close()
-	for _, addr := range []string{Gateway, Host} {
+	for _, addr := range []string{Gateway, hostIP} {
 		n.handleFrame(view(arpFrame(header.ARPRequest, addr)))
 		h := header.ARP(nextFrame(t, n)[header.EthernetMinimumSize:])
-		if h.Op() != header.ARPReply || string(h.HardwareAddressSender()) != string(linkAddr(GatewayMAC)) {
+		if h.Op() != header.ARPReply || string(h.HardwareAddressSender()) != string(linkAddr(gatewayMAC)) {
 			t.Errorf("%s: %x", addr, h)
 		}
+	}
+}
+
+// deadlineConn tells of the deadlines that it gets.
+type deadlineConn struct {
+	*fakeConn
+	deadlines chan time.Time
+}
+
+func (c deadlineConn) SetReadDeadline(t time.Time) error {
+	c.deadlines <- t
+	return nil
+}
+
+// A step of the host's clock must not end a flow, nor keep it: what it is compared with is monotonic.
+func TestFlowsKeepTime(t *testing.T) {
+	checkLeaks(t)
+	n, err := New(Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	conn := deadlineConn{newFakeConn(), make(chan time.Time, 10)}
+	key := flowKey{proto: header.UDPProtocolNumber, port: 1, dst: netip.MustParseAddrPort("203.0.113.1:9")}
+	if _, err := n.flows.get(key, time.Hour, func() (datagramConn, error) { return conn, nil }); err != nil {
+		t.Fatal(err)
+	}
+	if at := <-conn.deadlines; !strings.Contains(at.String(), " m=+") {
+		t.Errorf("the deadline is the wall clock's: %v", at)
 	}
 }
 

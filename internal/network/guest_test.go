@@ -173,7 +173,7 @@ func checkLeaks(t *testing.T) {
 	before := runtime.NumGoroutine()
 	t.Cleanup(func() {
 		var now int
-		for range 500 {
+		for range 6000 {
 			if now = runtime.NumGoroutine(); now <= before {
 				return
 			}
@@ -236,13 +236,19 @@ func serveTCP(t *testing.T, handle func(*net.TCPConn)) int {
 
 func echo(c *net.TCPConn) { io.Copy(c, c) }
 
-// closedPort returns a loopback port on which nothing listens.
-func closedPort(t *testing.T) int {
+// closedPort returns a loopback port of a network, on which nobody listens, nor can while the test lasts: it is a
+// connection's to elsewhere.
+func closedPort(t *testing.T, network string) int {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Cleanup(func() { l.Close() })
+	c, err := net.Dial(network, l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return int(netip.MustParseAddrPort(c.LocalAddr().String()).Port())
 }

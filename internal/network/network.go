@@ -2,7 +2,7 @@
 // stands between the guest and the server's own sockets.
 //
 // The guest's network card is connected to the stack and to nothing else.
-// TCP and UDP that the guest sends ends in the stack, is judged by a Policy,
+// TCP and UDP that the guest sends ends in the stack, is judged by a policy,
 // and is carried on by ordinary sockets of this process; so no privilege is
 // needed on the host, and nothing reaches the outside past the policy. Every
 // shed has a stack of its own and the same addresses inside it.
@@ -17,13 +17,11 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"strconv"
 	"sync"
 	"time"
 
 	"github.com/charliek/shed"
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
 	"gvisor.dev/gvisor/pkg/tcpip/link/ethernet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
@@ -42,12 +40,12 @@ import (
 // nor Docker's networks, and unlike 100.64.0.0/10 not by carriers or
 // tailnets. Proxies that hand out made-up addresses start at its lower end.
 const (
-	Subnet     = "198.19.177.0/24"
+	subnet     = "198.19.177.0/24"
 	Gateway    = "198.19.177.1" // also the DNS server
 	Guest      = "198.19.177.2"
-	Host       = "198.19.177.3" // stands for the server's loopback, for allowed ports
+	hostIP     = "198.19.177.3" // stands for the server's loopback, for allowed ports
 	PrefixLen  = 24
-	GatewayMAC = "02:73:68:65:64:01"
+	gatewayMAC = "02:73:68:65:64:01"
 	GuestMAC   = "02:73:68:65:64:02" // the machine's network card must have it
 )
 
@@ -59,16 +57,16 @@ const MTU = 65520
 
 // Names that the DNS server on Gateway answers itself.
 const (
-	Zone        = "shed.internal"
-	HostName    = "host." + Zone
-	GatewayName = "gateway." + Zone
+	zone        = "shed.internal"
+	hostName    = "host." + zone
+	gatewayName = "gateway." + zone
 )
 
 var (
-	subnetPrefix = netip.MustParsePrefix(Subnet)
+	subnetPrefix = netip.MustParsePrefix(subnet)
 	gatewayAddr  = netip.MustParseAddr(Gateway)
 	guestAddr    = netip.MustParseAddr(Guest)
-	hostAddr     = netip.MustParseAddr(Host)
+	hostAddr     = netip.MustParseAddr(hostIP)
 )
 
 const (
@@ -78,14 +76,21 @@ const (
 	// none while it is paused. TCP's are held by its send buffers anyway.
 	sendQueue = 4096
 
-	maxTCPDials = 4096 // connections of the guest that are being made
-	maxTCPConns = 8192 // connections of the guest, those included
+	maxTCPDials = 1024 // connections of the guest that are being made
+	maxTCPConns = 2048 // connections of the guest, those included
+
+	// The stack's buffers of a connection, in bytes, which a guest can fill and leave so. What the guest
+	// sends is as fast with larger ones. Of what it receives, more goes with one wake-up the larger the buffer
+	// is that it waits in: with half as much a byte costs a tenth more, with twice as much hardly less.
+	maxReceiveBuffer = 256 << 10
+	maxSendBuffer    = 2 << 20
+	minBuffer        = 4 << 10
 )
 
 // Config configures a Network. The zero value is valid.
 type Config struct {
 	// AllowHostPorts are the ports, TCP and UDP, that the guest may
-	// reach on the server's 127.0.0.1, by the address Host.
+	// reach on the server's 127.0.0.1, by the name host.shed.internal.
 	AllowHostPorts []int
 
 	// Nameservers get the guest's DNS queries, in order of preference. Nil
@@ -98,7 +103,7 @@ type Config struct {
 
 // Network is the network of one shed. All methods may be called concurrently.
 type Network struct {
-	policy Policy
+	policy policy
 	local  localAddrs
 	log    *slog.Logger
 
@@ -135,7 +140,7 @@ func New(cfg Config) (*Network, error) {
 			return nil, shed.Errorf(shed.CodeInvalid, "%d can't be a port that a shed may reach on its server", p).
 				WithHint("use ports from 1 to 65535")
 		}
-		n.policy.HostPorts = append(n.policy.HostPorts, uint16(p))
+		n.policy.hostPorts = append(n.policy.hostPorts, uint16(p))
 	}
 	if err := n.newStack(); err != nil {
 		return nil, fmt.Errorf("start network stack: %w", err)
@@ -147,7 +152,7 @@ func New(cfg Config) (*Network, error) {
 	n.stack.SetTransportProtocolHandler(udp.ProtocolNumber, n.flows.handleUDP)
 
 	var err error
-	if n.dns, err = newDNSServer(n.stack, cfg.Nameservers, n.log); err != nil {
+	if n.dns, err = newDNSServer(n.ctx, n.stack, cfg.Nameservers, n.log); err != nil {
 		n.Close()
 		return nil, fmt.Errorf("start DNS server: %w", err)
 	}
@@ -163,15 +168,17 @@ func (n *Network) newStack() error {
 	})
 	sack := tcpip.TCPSACKEnabled(true)
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
-	recovery := tcpip.TCPRecovery(0) // RACK retransmits needlessly when ACKs come late, as they do from an emulated CPU
+	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: maxReceiveBuffer, Max: maxReceiveBuffer}
+	send := tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: maxReceiveBuffer, Max: maxSendBuffer} // it grows
+	recovery := tcpip.TCPRecovery(0)                                                                          // RACK retransmits needlessly when ACKs come late, as they do from an emulated CPU
 	// Segments can't come late on a wire that keeps their order. And while an
 	// old connection waits for them, the stack ignores the guest's
 	// attempts to make a new one from the same port.
 	timeWait := tcpip.TCPTimeWaitTimeoutOption(time.Millisecond)
-	n.link = channel.New(sendQueue, MTU, linkAddr(GatewayMAC))
+	n.link = channel.New(sendQueue, MTU, linkAddr(gatewayMAC))
 	// The wire can't damage packets.
 	n.link.LinkEPCapabilities = stack.CapabilityRXChecksumOffload
-	subnet := tcpip.AddressWithPrefix{Address: tcpAddr(gatewayAddr), PrefixLen: PrefixLen}.Subnet()
+	onLink := tcpip.AddressWithPrefix{Address: tcpAddr(gatewayAddr), PrefixLen: PrefixLen}.Subnet()
 
 	var errs []error
 	check := func(what string, err tcpip.Error) {
@@ -180,6 +187,8 @@ func (n *Network) newStack() error {
 		}
 	}
 	check("TCP SACK", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &sack))
+	check("TCP receive buffers", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &receive))
+	check("TCP send buffers", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &send))
 	check("TCP buffer moderation", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &moderate))
 	check("TCP recovery", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &recovery))
 	check("TCP TIME-WAIT", n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &timeWait))
@@ -194,38 +203,11 @@ func (n *Network) newStack() error {
 	// The stack takes packets for every address, and answers from it.
 	check("promiscuous mode", n.stack.SetPromiscuousMode(nicID, true))
 	check("spoofing", n.stack.SetSpoofing(nicID, true))
-	n.stack.SetRouteTable([]tcpip.Route{{Destination: subnet, NIC: nicID}})
+	n.stack.SetRouteTable([]tcpip.Route{{Destination: onLink, NIC: nicID}})
 	if len(errs) > 0 {
 		n.stack.Destroy()
 	}
 	return errors.Join(errs...)
-}
-
-// DialContext connects to the guest. The network is "tcp", the address Guest
-// and a port. The connection has CloseWrite; it breaks when n is closed.
-func (n *Network) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	ap, err := netip.ParseAddrPort(address)
-	if err != nil {
-		return nil, fmt.Errorf("dial into the guest: %w", err)
-	}
-	if network != "tcp" || ap.Addr() != guestAddr {
-		return nil, fmt.Errorf("dial into the guest: %s %s is not TCP to %s", network, address, Guest)
-	}
-	if !n.begin() {
-		return nil, fmt.Errorf("dial into the guest: %w", net.ErrClosed)
-	}
-	defer n.wg.Done()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(n.ctx, cancel)()
-
-	from := tcpip.FullAddress{NIC: nicID, Addr: tcpAddr(gatewayAddr)}
-	to := tcpip.FullAddress{NIC: nicID, Addr: tcpAddr(guestAddr), Port: ap.Port()}
-	c, err := gonet.DialTCPWithBind(ctx, n.stack, from, to, ipv4.ProtocolNumber)
-	if err != nil {
-		return nil, fmt.Errorf("dial port %s of the guest: %w", strconv.Itoa(int(ap.Port())), err)
-	}
-	return c, nil
 }
 
 // Close ends the network: all connections, and Serve. It returns when
@@ -237,17 +219,18 @@ func (n *Network) Close() error {
 	n.mu.Unlock()
 	n.cancel()
 	n.flows.closeAll()
-	if n.dns != nil && first {
-		n.dns.close()
-	}
 
 	done := make(chan struct{})
 	go func() {
+		defer close(done)
+		if n.dns != nil && first {
+			n.dns.close()
+		}
 		n.wg.Wait()
-		close(done)
 	}()
-	// Handshakes with the guest have no context: they end with their
-	// endpoints, and one may begin an endpoint after we looked.
+	// Handshakes with the guest and answers that it doesn't take have no
+	// context: they end with their endpoints, and one may begin an endpoint
+	// after we looked.
 	for running := true; running; {
 		for _, e := range n.stack.RegisteredEndpoints() {
 			e.Abort()
@@ -283,7 +266,7 @@ func (n *Network) route(dst netip.AddrPort) (netip.AddrPort, error) {
 	if err != nil {
 		return netip.AddrPort{}, fmt.Errorf("list the server's addresses: %w", err)
 	}
-	return n.policy.Route(dst, local)
+	return n.policy.route(dst, local)
 }
 
 func tcpAddr(a netip.Addr) tcpip.Address { return tcpip.AddrFrom4(a.As4()) }

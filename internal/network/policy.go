@@ -9,19 +9,19 @@ import (
 	"time"
 )
 
-// Policy decides which addresses a guest reaches. The zero value lets it reach
+// policy decides which addresses a guest reaches. The zero value lets it reach
 // everything but the server itself.
 //
 // What it can't see is an address outside that leads back to the server,
 // such as the public side of a router that forwards ports to it.
-type Policy struct {
-	HostPorts []uint16 // reachable on the server's 127.0.0.1, by the address Host
+type policy struct {
+	hostPorts []uint16 // reachable on the server's 127.0.0.1, by the address hostIP
 }
 
-// Route returns where traffic that the guest sends to dst is to go, or an
+// route returns where traffic that the guest sends to dst is to go, or an
 // error that says why it goes nowhere. Local holds the server's own addresses
 // with their prefixes.
-func (p Policy) Route(dst netip.AddrPort, local []netip.Prefix) (netip.AddrPort, error) {
+func (p policy) route(dst netip.AddrPort, local []netip.Prefix) (netip.AddrPort, error) {
 	addr := dst.Addr().Unmap()
 	refuse := func(why string) (netip.AddrPort, error) {
 		return netip.AddrPort{}, fmt.Errorf("%s is %s", dst, why)
@@ -30,7 +30,7 @@ func (p Policy) Route(dst netip.AddrPort, local []netip.Prefix) (netip.AddrPort,
 	case dst.Port() == 0:
 		return refuse("without a port")
 	case addr == hostAddr:
-		if slices.Contains(p.HostPorts, dst.Port()) {
+		if slices.Contains(p.hostPorts, dst.Port()) {
 			return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), dst.Port()), nil
 		}
 		return refuse("a port of the server that the shed may not reach")

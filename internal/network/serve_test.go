@@ -19,7 +19,7 @@ import (
 func ipFrame(src, dst string, proto tcpip.TransportProtocolNumber, payload []byte) []byte {
 	frame := make([]byte, header.EthernetMinimumSize+header.IPv4MinimumSize, header.EthernetMinimumSize+header.IPv4MinimumSize+len(payload))
 	header.Ethernet(frame).Encode(&header.EthernetFields{
-		SrcAddr: linkAddr(GuestMAC), DstAddr: linkAddr(GatewayMAC), Type: header.IPv4ProtocolNumber,
+		SrcAddr: linkAddr(GuestMAC), DstAddr: linkAddr(gatewayMAC), Type: header.IPv4ProtocolNumber,
 	})
 	ip := header.IPv4(frame[header.EthernetMinimumSize:])
 	ip.Encode(&header.IPv4Fields{
@@ -75,7 +75,7 @@ func TestJudgeFrame(t *testing.T) {
 		f(header.IPv4(frame[header.EthernetMinimumSize:]))
 		return frame
 	}
-	ipv6 := ipFrame(Guest, Host, header.TCPProtocolNumber, nil)
+	ipv6 := ipFrame(Guest, hostIP, header.TCPProtocolNumber, nil)
 	binary.BigEndian.PutUint16(ipv6[12:], uint16(header.IPv6ProtocolNumber))
 	for name, tt := range map[string]struct {
 		frame []byte
@@ -83,9 +83,9 @@ func TestJudgeFrame(t *testing.T) {
 	}{
 		"nothing":                 {nil, drop},
 		"half an ethernet header": {make([]byte, 13), drop},
-		"ethernet header alone":   {ipFrame(Guest, Host, 6, nil)[:14], drop},
-		"half an IP header":       {ipFrame(Guest, Host, 6, nil)[:24], drop},
-		"truncated packet":        {ipFrame(Guest, Host, 6, make([]byte, 20))[:50], drop},
+		"ethernet header alone":   {ipFrame(Guest, hostIP, 6, nil)[:14], drop},
+		"half an IP header":       {ipFrame(Guest, hostIP, 6, nil)[:24], drop},
+		"truncated packet":        {ipFrame(Guest, hostIP, 6, make([]byte, 20))[:50], drop},
 		"IPv6":                    {ipv6, drop},
 		"TCP":                     {ipFrame(Guest, "1.2.3.4", 6, make([]byte, 20)), deliver},
 		"padding":                 {append(ipFrame(Guest, "1.2.3.4", 6, make([]byte, 20)), 0, 0), deliver},
@@ -93,14 +93,14 @@ func TestJudgeFrame(t *testing.T) {
 		"multicast":               {ipFrame(Guest, "224.0.0.251", 17, make([]byte, 8)), drop},
 		"broadcast":               {ipFrame(Guest, "255.255.255.255", 17, make([]byte, 8)), drop},
 		"ping of the gateway":     {pingFrame(Gateway), deliver},
-		"ping of the host":        {pingFrame(Host), deliver},
+		"ping of the host":        {pingFrame(hostIP), deliver},
 		"ping of the outside":     {pingFrame("1.2.3.4"), forwardPing},
 		"fragment of a ping": {edit(pingFrame("1.2.3.4"), func(ip header.IPv4) {
 			ip.SetFlagsFragmentOffset(header.IPv4FlagMoreFragments, 0)
 		}), drop},
 		"short ping":          {ipFrame(Guest, "1.2.3.4", 1, []byte{8, 0}), drop},
 		"ARP for the gateway": {arpFrame(header.ARPRequest, Gateway), deliver},
-		"ARP for the host":    {arpFrame(header.ARPRequest, Host), deliver},
+		"ARP for the host":    {arpFrame(header.ARPRequest, hostIP), deliver},
 		"ARP for another":     {arpFrame(header.ARPRequest, "198.19.177.9"), drop},
 		"ARP reply":           {arpFrame(header.ARPReply, Gateway), drop},
 		"short ARP":           {arpFrame(header.ARPRequest, Gateway)[:30], drop},
@@ -167,7 +167,7 @@ func FuzzFrames(f *testing.F) {
 	seed(nil, []byte("abc"), make([]byte, 14))
 	seed(pingFrame(Gateway), pingFrame("127.0.0.1"))
 	seed(arpFrame(header.ARPRequest, Gateway))
-	seed(synFrame(Host, 80))
+	seed(synFrame(hostIP, 80))
 	seed(synFrame("127.0.0.1", 80))
 	seed(udpFrame(Gateway, 53))
 	seed(ipFrame(Guest, "127.0.0.1", header.UDPProtocolNumber, []byte("abcd")))
@@ -202,7 +202,7 @@ func TestRefusedAtOnce(t *testing.T) {
 	n.local.list = func() ([]net.Addr, error) {
 		return []net.Addr{&net.IPNet{IP: net.IPv4(203, 0, 113, 1), Mask: net.CIDRMask(24, 32)}}, nil
 	}
-	for _, dst := range []string{"127.0.0.1", "127.1.2.3", "0.0.0.1", "169.254.169.254", "203.0.113.1", "203.0.113.255", "198.19.177.9", Gateway, Host} {
+	for _, dst := range []string{"127.0.0.1", "127.1.2.3", "0.0.0.1", "169.254.169.254", "203.0.113.1", "203.0.113.255", "198.19.177.9", Gateway, hostIP} {
 		n.handleFrame(view(synFrame(dst, tcpPort)))
 		ip := header.IPv4(nextFrame(t, n)[header.EthernetMinimumSize:])
 		if ip.SourceAddress().String() != dst || ip.TransportProtocol() != header.TCPProtocolNumber ||
