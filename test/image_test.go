@@ -23,6 +23,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/charliek/shed/internal/porttest"
 )
 
 // cmdMkimage is mkimage [FLAGS] ARCHIVE TAG DIR..., which makes an archive as docker save does, of an
@@ -126,9 +128,9 @@ func cmdRegistry(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) == 0 || args[0] != "start" || neg {
 		ts.Fatalf("usage: registry start [USER:PASSWORD]")
 	}
-	ports, err := freePorts(1)
+	port, err := porttest.Unused()
 	ts.Check(err)
-	addr := fmt.Sprintf("127.0.0.1:%d", ports[0])
+	addr := fmt.Sprintf("127.0.0.1:%d", port)
 	dir := ts.MkAbs("registry")
 	config := fmt.Sprintf("version: 0.1\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %q}\n", dir, addr)
 	if len(args) > 1 {

@@ -3,6 +3,7 @@
 package test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,8 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
+
+	"github.com/charliek/shed/internal/porttest"
 )
 
 type serverKey struct{}
@@ -51,10 +54,13 @@ func TestScripts(t *testing.T) {
 			"eventually":  cmdEventually,
 			"wait-status": cmdWaitStatus,
 			"kill-pid-of": cmdKill,
-			"freeze":      cmdSignal(syscall.SIGSTOP),
-			"thaw":        cmdSignal(syscall.SIGCONT),
+			"freeze":      cmdSignal(syscall.SIGSTOP, stopped),
+			"thaw":        cmdSignal(syscall.SIGCONT, func(int) error { return nil }),
+			"terminate":   cmdSignal(syscall.SIGTERM, func(int) error { return nil }),
+			"hang-up":     cmdSignal(syscall.SIGHUP, func(int) error { return nil }),
 			"no-machine":  cmdNoMachine,
 			"capture":     cmdCapture,
+			"unused-port": cmdUnusedPort,
 			"small-disk":  cmdSmallDisk,
 			"mkimage":     cmdMkimage,
 			"registry":    cmdRegistry,
@@ -228,16 +234,34 @@ func cmdKill(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(s.killProcess(p))
 }
 
-// cmdSignal is freeze or thaw vmm|keeper NAME, with the signal that does it.
-func cmdSignal(sig syscall.Signal) func(*testscript.TestScript, bool, []string) {
+// cmdSignal is freeze, thaw, terminate or hang-up vmm|keeper NAME, with the signal that does it. Done says whether it has.
+func cmdSignal(sig syscall.Signal, done func(pid int) error) func(*testscript.TestScript, bool, []string) {
 	return func(ts *testscript.TestScript, neg bool, args []string) {
 		if len(args) != 2 || neg {
-			ts.Fatalf("usage: freeze|thaw vmm|keeper NAME")
+			ts.Fatalf("usage: freeze|thaw|terminate|hang-up vmm|keeper NAME")
 		}
 		p, err := scriptServer(ts).findProcess(args[0], args[1])
 		ts.Check(err)
 		ts.Check(syscall.Kill(p.pid, sig))
+		ts.Check(eventually(func() error { return done(p.pid) }))
 	}
+}
+
+// stopped returns nil if no thread of a process runs any more.
+func stopped(pid int) error {
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	if err != nil {
+		return err
+	}
+	if len(stats) == 0 {
+		return permanent{fmt.Errorf("process %d has ended", pid)}
+	}
+	for _, file := range stats {
+		if stat, err := os.ReadFile(file); err == nil && !bytes.Contains(stat, []byte(") T ")) {
+			return fmt.Errorf("a thread runs still: %s", stat)
+		}
+	}
+	return nil
 }
 
 // cmdNoMachine is no-machine NAME..., which fails if a process of these sheds runs.
@@ -254,6 +278,13 @@ func cmdNoMachine(ts *testscript.TestScript, neg bool, args []string) {
 // cmdCapture is capture NAME, which puts the last output into a variable.
 func cmdCapture(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv(args[0], strings.TrimSpace(ts.ReadFile("stdout")))
+}
+
+// cmdUnusedPort is unused-port NAME, which puts a port that nobody listens on into a variable.
+func cmdUnusedPort(ts *testscript.TestScript, neg bool, args []string) {
+	port, err := porttest.Unused()
+	ts.Check(err)
+	ts.Setenv(args[0], strconv.Itoa(port))
 }
 
 // cmdSmallDisk is small-disk SIZE, which puts a file system of that size below the directory

@@ -22,6 +22,8 @@ import (
 	"golang.org/x/crypto/ssh/knownhosts"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/porttest"
+	"github.com/charliek/shed/internal/proclock"
 )
 
 // patience is how long something may take that is bound to happen. It is far
@@ -64,11 +66,12 @@ func (s *server) prepare(extra string) error {
 	if err := os.Mkdir(s.state, 0o700); err != nil {
 		return err
 	}
-	ports, err := freePorts(2)
-	if err != nil {
-		return err
+	for _, port := range []*int{&s.httpPort, &s.sshPort} {
+		var err error
+		if *port, err = porttest.Unused(); err != nil {
+			return err
+		}
 	}
-	s.httpPort, s.sshPort = ports[0], ports[1]
 	config := fmt.Sprintf("name: e2e\nhttp_port: %d\nssh_port: %d\nsocket: %s\nstate_dir: %s\nenv_file: %s\n"+
 		"qemu: {default_cpus: 1, default_memory_mb: 512}\n%s",
 		s.httpPort, s.sshPort, s.socket, s.state, filepath.Join(s.dir, "env"), extra)
@@ -76,20 +79,6 @@ func (s *server) prepare(extra string) error {
 		return err
 	}
 	return os.WriteFile(s.clientConfig, fmt.Appendf(nil, "servers:\n  here: {socket: %s}\n", s.socket), 0o600)
-}
-
-// freePorts returns ports of 127.0.0.1 that nobody listens on.
-func freePorts(n int) ([]int, error) {
-	var ports []int
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		defer l.Close()
-		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
-	}
-	return ports, nil
 }
 
 // start runs the server and returns when it answers.
@@ -284,16 +273,12 @@ func (s *server) findProcess(kind, shed string) (process, error) {
 		return process{}, fmt.Errorf("shed %s has %d processes of kind %s, not one: %v", shed, len(found), kind, found)
 	}
 	if kind == "vmm" {
-		var rec struct{ PID int }
-		b, err := os.ReadFile(filepath.Join(s.state, "sheds", shed, "run", "vmm.json"))
-		if err == nil {
-			err = json.Unmarshal(b, &rec)
-		}
+		holder, err := proclock.Find(filepath.Join(s.state, "sheds", shed, "run", "vmm.lock"), 0)
 		if err != nil {
 			return process{}, err
 		}
-		if rec.PID != found[0].pid {
-			return process{}, fmt.Errorf("run/vmm.json of %s says pid %d; it is %d", shed, rec.PID, found[0].pid)
+		if holder.PID() != found[0].pid {
+			return process{}, fmt.Errorf("process %d has the lock run/vmm.lock of %s, and not %v", holder.PID(), shed, found[0])
 		}
 	}
 	return found[0], nil

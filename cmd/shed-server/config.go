@@ -31,6 +31,8 @@ type config struct {
 	Auth           authConfig    `yaml:"auth"`
 	Network        networkConfig `yaml:"network"`
 	QEMU           backendConfig `yaml:"qemu"`
+
+	file string // that it was read from, "" for the defaults
 }
 
 type authConfig struct {
@@ -110,6 +112,7 @@ func loadConfig(file string) (config, error) {
 		if err := cfg.check(); err != nil {
 			return cfg, shed.Errorf(shed.CodeInvalid, "%s: %w", f, err)
 		}
+		cfg.file = f
 		break
 	}
 	cfg.StateDir, cfg.Socket, cfg.EnvFile = expandHome(cfg.StateDir), expandHome(cfg.Socket), expandHome(cfg.EnvFile)

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,6 +32,7 @@ func doctor(ctx context.Context, cfg config, w io.Writer) error {
 		failed++
 		fmt.Fprintf(tw, "MISSING\t%s\t%s\n", what, detail)
 	}
+	ok("config", cmp.Or(cfg.file, "no file: the defaults"))
 	binary, err := qemu.FindBinary()
 	if err != nil {
 		bad("qemu", err.Error())

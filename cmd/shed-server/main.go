@@ -83,7 +83,7 @@ func unknownCommand(root *cobra.Command, name string) error {
 			names = append(names, cmd.Name())
 		}
 	}
-	return usageError{shed.Errorf(shed.CodeInvalid, "%q is no command of %s", name, root.CommandPath()).
+	return usageError{shed.Errorf(shed.CodeInvalid, "unknown command %q for %q", name, root.CommandPath()).
 		WithHint("there are: %s  (see: %s --help)", strings.Join(names, ", "), root.CommandPath())}
 }
 
@@ -143,12 +143,23 @@ func command() *cobra.Command {
 		},
 		&cobra.Command{
 			Use: "keep DIR", Short: "Run the machine of one shed (used by serve)", Hidden: true, Args: arguments(1),
-			RunE: func(_ *cobra.Command, args []string) error { return keep(args[0]) },
+			RunE: func(cmd *cobra.Command, args []string) error { return keep(cmd.Context(), args[0]) },
 		},
 		&cobra.Command{
 			Use: "version", Short: "Print the version", Args: arguments(0),
 			Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), "shed-server", version) },
 		},
 	)
+	root.InitDefaultHelpCmd()
+	for _, cmd := range root.Commands() {
+		if cmd.Name() == "help" {
+			cmd.Args = func(_ *cobra.Command, args []string) error {
+				if found, _, err := root.Find(args); err != nil || found != root || len(args) == 0 {
+					return err
+				}
+				return unknownCommand(root, args[0])
+			}
+		}
+	}
 	return root
 }

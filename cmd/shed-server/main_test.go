@@ -4,18 +4,21 @@ package main
 
 import (
 	"bytes"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/state"
 )
 
 func TestUsage(t *testing.T) {
 	for args, want := range map[string]string{
-		"foo":         "\"foo\" is no command of shed-server\nhint: there are: doctor, pull-images, serve, version  (see: shed-server --help)",
-		"foo --bar":   `"foo" is no command of shed-server`,
+		"foo":         "unknown command \"foo\" for \"shed-server\"\nhint: there are: doctor, pull-images, serve, version  (see: shed-server --help)",
+		"foo --bar":   `unknown command "foo" for "shed-server"`,
+		"help foo":    `unknown command "foo" for "shed-server"`,
 		"--bar":       "unknown flag: --bar\nhint: see: shed-server --help",
 		"serve --bar": "unknown flag: --bar\nhint: see: shed-server serve --help",
 		"serve x":     `shed-server serve takes no arguments, got "x"`,
@@ -28,7 +31,7 @@ func TestUsage(t *testing.T) {
 			t.Errorf("shed-server %s: %d, %q, %q; want %q", args, code, stdout.String(), stderr.String(), want)
 		}
 	}
-	for args, want := range map[string]string{"": "Usage:", "--help": "Usage:", "serve -h": "Usage:", "version": "shed-server " + version} {
+	for args, want := range map[string]string{"": "Usage:", "--help": "Usage:", "serve -h": "Usage:", "help serve": "Usage:", "version": "shed-server " + version} {
 		var stdout, stderr bytes.Buffer
 		code := run(t.Context(), strings.Fields(args), &stdout, &stderr)
 		if code != 0 || stderr.Len() > 0 || !strings.Contains(stdout.String(), want) {
@@ -78,6 +81,34 @@ func TestConfig(t *testing.T) {
 	if cfg, err := loadConfig(file); err != nil || cfg.Name != "n" || cfg.HTTPPort != 1 || cfg.SSHPort != want.SSHPort ||
 		cfg.Auth.AuthorizedKeys[0] != "k" || cfg.QEMU.ImageAliases["a"] != "b" {
 		t.Errorf("%+v, %v", cfg, err)
+	}
+}
+
+// A server that can't have the state directory leaves the socket to the one that has it, which may be about to listen there.
+func TestSecondServer(t *testing.T) {
+	dir := t.TempDir()
+	first, err := state.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	socket := filepath.Join(dir, "s")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	l.Close() // as one that was killed leaves it
+	before, err := os.Stat(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = serve(t.Context(), config{BindAddress: "127.0.0.1", Socket: socket, StateDir: dir, LogLevel: "info"})
+	if shed.ErrorCode(err) != shed.CodeConflict {
+		t.Errorf("%v", err)
+	}
+	if after, err := os.Stat(socket); err != nil || !os.SameFile(before, after) {
+		t.Errorf("the socket was replaced: %v", err)
 	}
 }
 

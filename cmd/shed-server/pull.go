@@ -58,5 +58,5 @@ func openPuller(cfg config) (images puller, done func(), err error) {
 		dir.Close()
 		return nil, nil, err
 	}
-	return store, func() { dir.Close() }, nil
+	return store, func() { store.Close(); dir.Close() }, nil
 }

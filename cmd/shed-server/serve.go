@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -44,7 +45,13 @@ func serve(ctx context.Context, cfg config) (err error) {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
-	// Listening comes first: whoever connects early waits for an answer.
+	// Of two servers that are started at once, the one that has the lock may replace the socket.
+	dir, err := state.Open(cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	// Listening comes before all that takes time: whoever connects early waits for an answer.
 	listeners, err := listen(cfg)
 	if err != nil {
 		return err
@@ -54,12 +61,12 @@ func serve(ctx context.Context, cfg config) (err error) {
 			l.Close()
 		}
 	}()
-	dir, err := state.Open(cfg.StateDir)
+	images, err := openImages(cfg, dir)
 	if err != nil {
 		return err
 	}
-	defer dir.Close()
-	e, info, err := newEngine(ctx, cfg, dir, log)
+	defer images.Close()
+	e, info, err := newEngine(ctx, cfg, dir, images, log)
 	if err != nil {
 		return err
 	}
@@ -175,12 +182,8 @@ func listenUnix(path string) (net.Listener, error) {
 }
 
 // newEngine wires the engine to what is on this machine.
-func newEngine(ctx context.Context, cfg config, dir *state.Dir, log *slog.Logger) (*engine.Engine, shed.Info, error) {
+func newEngine(ctx context.Context, cfg config, dir *state.Dir, images *image.Store, log *slog.Logger) (*engine.Engine, shed.Info, error) {
 	var info shed.Info
-	images, err := openImages(cfg, dir)
-	if err != nil {
-		return nil, info, err
-	}
 	kernels, err := kernel.Open(dir.Path("kernels"))
 	if err != nil {
 		return nil, info, err
@@ -198,8 +201,11 @@ func newEngine(ctx context.Context, cfg config, dir *state.Dir, log *slog.Logger
 		return nil, info, err
 	}
 	accel, reason, err := qemu.DetectAccel(ctx, binary, dir.Path("kvm.json"))
+	if ctx.Err() != nil {
+		return nil, info, ctx.Err()
+	}
 	if err != nil {
-		return nil, info, err
+		log.Warn("whether KVM works is found out again at the next start", "err", err)
 	}
 	timeout := bootTimeoutKVM
 	if accel == qemu.TCG {
@@ -211,7 +217,7 @@ func newEngine(ctx context.Context, cfg config, dir *state.Dir, log *slog.Logger
 		Accel: string(accel), StateDir: cfg.StateDir,
 	}
 	backend := cfg.QEMU.backend()
-	backend.Driver, backend.Accel, backend.BootTimeout = &qemu.Driver{Binary: binary, Accel: accel}, string(accel), timeout
+	backend.Driver, backend.Accel, backend.BootTimeout = &qemu.Driver{Accel: accel}, string(accel), timeout
 	e, err := engine.New(ctx, engine.Config{
 		State: dir, Images: images, Kernels: kernels,
 		Backends:       map[string]engine.Backend{"qemu": backend},
@@ -248,16 +254,15 @@ func fileExists(file string) bool {
 	return err == nil
 }
 
-// keep is the process of one shed.
-func keep(dir string) error {
-	return keeper.Run(context.Background(), dir, func(cfg keeper.Config) (vm.Driver, error) {
+// keep is the process of one shed, which it shuts down when ctx is done.
+func keep(ctx context.Context, dir string) error {
+	// This is sent too where it is a login session that ends.
+	ctx, stop := signal.NotifyContext(ctx, unix.SIGHUP)
+	defer stop()
+	return keeper.Run(ctx, dir, func(cfg keeper.Config) (vm.Driver, error) {
 		if cfg.Driver != "qemu" {
 			return nil, fmt.Errorf("there is no driver %q", cfg.Driver)
 		}
-		binary, err := qemu.FindBinary()
-		if err != nil {
-			return nil, err
-		}
-		return &qemu.Driver{Binary: binary, Accel: qemu.Accel(cfg.Accel)}, nil
+		return &qemu.Driver{Accel: qemu.Accel(cfg.Accel)}, nil
 	})
 }

@@ -214,11 +214,16 @@ type answer[T any] struct {
 	err    error
 }
 
-// allTimeout is for each of all servers to answer. A server at the other end of the world takes half of it to log in.
-const allTimeout = 3 * time.Second
+const (
+	// allTimeout is for each of all servers to answer. A server at the other end of the world takes half of it to log in.
+	allTimeout = 3 * time.Second
+	// absentTimeout is for one to take the connection that gave no answer before either. It leaves time for a packet
+	// to be lost, which is sent again after a second.
+	absentTimeout = 1500 * time.Millisecond
+)
 
-// onAll runs f on all servers at once, each for as long as it takes within allTimeout. The answers are in the
-// order of the servers' names.
+// onAll runs f on all servers at once, each for as long as it takes within allTimeout, or absentTimeout. The answers
+// are in the order of the servers' names.
 func onAll[T any](ctx context.Context, c *cli, f func(ctx context.Context, server string, client *api.Client) (T, error)) ([]answer[T], error) {
 	servers, err := c.servers()
 	if err != nil {
@@ -233,11 +238,20 @@ func onAll[T any](ctx context.Context, c *cli, f func(ctx context.Context, serve
 		a := &answers[i]
 		a.server = name
 		asked.Go(func() {
+			ctx, giveUp := context.WithCancelCause(ctx)
+			defer giveUp(nil)
+			defer time.AfterFunc(absentTimeout, func() {
+				if servers.Absent(name) {
+					giveUp(errAbsent)
+				}
+			}).Stop()
 			client, err := servers.Client(name)
 			if err == nil {
 				a.value, err = f(ctx, name, client)
 			}
-			if err != nil && errors.Is(context.Cause(ctx), context.DeadlineExceeded) {
+			if cause := context.Cause(ctx); err != nil && cause == errAbsent {
+				err = cause
+			} else if err != nil && errors.Is(cause, context.DeadlineExceeded) {
 				err = shed.Errorf(shed.CodeUnreachable, "no answer within %s", allTimeout)
 			}
 			a.err = err
@@ -249,6 +263,8 @@ func onAll[T any](ctx context.Context, c *cli, f func(ctx context.Context, serve
 	}
 	return answers, nil
 }
+
+var errAbsent error = shed.Errorf(shed.CodeUnreachable, "no connection within %s, and no answer the last time either", absentTimeout)
 
 // each runs f for all of list, those after a failed one included. The last error is
 // returned, the others are printed.

@@ -83,9 +83,12 @@ const undoTime = 30 * time.Second
 func cutOff(ctx context.Context, t target, why string) *shed.Error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 	defer cancel()
+	missing := false
 	for {
 		sh, err := t.client.Get(ctx, t.name)
 		switch {
+		case shed.ErrorCode(err) == shed.CodeNotFound && !missing:
+			missing = true // or not begun yet: this request may have overtaken that one
 		case shed.ErrorCode(err) == shed.CodeNotFound:
 			return shed.Errorf(shed.CodeInternal, "create %s: %s, so it was undone: nothing of it is left", t.name, why)
 		case err != nil:

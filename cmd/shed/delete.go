@@ -12,6 +12,7 @@ func newDelete(c *cli) *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
 		Use:               "delete NAME...",
+		Aliases:           []string{"rm"},
 		Short:             "Delete sheds and all that was written in them",
 		Long:              "Delete sheds and all that was written in them, which can't be undone.\nThose that run are ended first.",
 		Args:              needs(true, "NAME"),

@@ -31,6 +31,9 @@ or with -i. The exit code is the command's own, 128+N where signal N ended it,
 		if args[1] == "--" && len(args) == 2 {
 			return usageError(cmd, "%s needs CMD", cmd.CommandPath())
 		}
+		if args[1] != "--" && strings.HasPrefix(args[1], "-") {
+			return usageError(cmd, "%q comes after NAME, where the command begins: flags for shed come before NAME", args[1])
+		}
 		for _, kv := range command.Env {
 			if k, _, ok := strings.Cut(kv, "="); !ok || k == "" {
 				return usageError(cmd, "-e %q is not of the form K=V", kv)

@@ -19,7 +19,7 @@ func newList(c *cli) *cobra.Command {
 	var all bool
 	cmd := &cobra.Command{
 		Use:     "list",
-		Aliases: []string{"ls"},
+		Aliases: []string{"ls", "ps"},
 		Short:   "List sheds",
 		Args:    noArgs,
 	}

@@ -113,6 +113,7 @@ what they ran, and like attach 255 where shed itself failed.`,
 		newConsole(c), newAttach(c), newSessions(c), newExec(c), newLogs(c), newSSHConfig(c), newImage(c), newServer(c), newTunnels(c), newVersion(c), newCompletion(c),
 	)
 	asGroup(root)
+	checkHelp(root)
 	root.SetFlagErrorFunc(flagError)
 	return root
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -95,7 +96,9 @@ func TestUsage(t *testing.T) {
 		"strat web":                       `hint: did you mean start?`,
 		"strat web --force":               `hint: did you mean start?`,
 		"image bild base":                 `hint: did you mean build?`,
-		"xyzzy":                           `"xyzzy" is no command of shed`,
+		"xyzzy":                           `unknown command "xyzzy" for "shed"`,
+		"help xyzzy":                      `unknown command "xyzzy" for "shed"`,
+		"help image bild":                 `hint: did you mean build?`,
 		"list --bogus":                    `unknown flag: --bogus`,
 		"list x":                          `shed list takes no arguments, got "x"`,
 		"start":                           `shed start needs NAME`,
@@ -112,6 +115,7 @@ func TestUsage(t *testing.T) {
 		"exec":                            `shed exec needs NAME and CMD`,
 		"exec web":                        `needs CMD`,
 		"exec web --":                     `needs CMD`,
+		"exec web --workdir /tmp pwd":     `flags for shed come before NAME`,
 		"exec -e novalue web true":        `not of the form K=V`,
 		"exec --json web true":            `no --json`,
 		"console web":                     `hint: run a command with: shed exec web CMD`,
@@ -146,7 +150,7 @@ func TestUsage(t *testing.T) {
 	if code, stdout, _ := shedCLI("list", "--bogus", "--json"); code != exitUsage || !json.Valid([]byte(stdout)) {
 		t.Errorf("a usage error before --json: %d, %q", code, stdout)
 	}
-	for _, args := range []string{"", "-h", "image", "create --help", "exec -h"} {
+	for _, args := range []string{"", "-h", "image", "create --help", "exec -h", "help", "help create", "help image pull"} {
 		if code, stdout, stderr := shedCLI(strings.Fields(args)...); code != 0 || !strings.Contains(stdout, "Usage:") || stderr != "" {
 			t.Errorf("shed %s: %d, %q, %q", args, code, stdout, stderr)
 		}
@@ -269,8 +273,12 @@ func TestProgressLines(t *testing.T) {
 	}}
 	serve(t, fake)
 	fake.Add(shed.Shed{Name: "web"})
-	expect(t, "start web", 0, "web\n", "start web: layer  7 B ... 0.0s\nstart web: pulling debian:12\uFFFD ... 1.2s\nstart web: boot ... 1m23s\n")
-	code, stdout, stderr := shedCLI("start", "web", "-vv", "--json")
+	code, stdout, stderr := shedCLI("start", "web")
+	want := regexp.MustCompile("^start web: layer  7 B \\.\\.\\. [0-9.]+s\nstart web: pulling debian:12\uFFFD \\.\\.\\. 1\\.2s\nstart web: boot \\.\\.\\. 1m23s\n$")
+	if code != 0 || stdout != "web\n" || !want.MatchString(stderr) {
+		t.Errorf("start: %d, %q, %q", code, stdout, stderr)
+	}
+	code, stdout, stderr = shedCLI("start", "web", "-vv", "--json")
 	if code != 0 || !json.Valid([]byte(stdout)) || !strings.Contains(stderr, "start web: pulling debian:12\uFFFD: unpacking 5 B/10 B\n") || !strings.Contains(stderr, "POST /api/sheds/web/start: 200 OK after ") {
 		t.Errorf("start -vv --json: %d, %q, %q", code, stdout, stderr)
 	}
@@ -295,9 +303,35 @@ func TestCreateTimeout(t *testing.T) {
 	fake := &apitest.Fake{}
 	slowCreate(fake, func() {})
 	serve(t, fake)
-	expect(t, "create web --timeout 50ms", 1, "", "shed: create web: not done after 50ms, so it was undone: nothing of it is left\nhint: allow more with --timeout\n")
+	expect(t, "create web --timeout 2s", 1, "", "shed: create web: not done after 2s, so it was undone: nothing of it is left\nhint: allow more with --timeout\n")
 	if list, err := fake.List(t.Context()); err != nil || len(list) != 0 {
 		t.Errorf("it said so before it was so: %+v, %v", list, err)
+	}
+}
+
+// The server may read the request only after it was given up.
+func TestCreateReadLate(t *testing.T) {
+	gets := 0
+	fake := &apitest.Fake{}
+	fake.Before = func(ctx context.Context, op, name string, _ shed.Progress) error {
+		switch op {
+		case "create":
+			<-ctx.Done()
+			return ctx.Err()
+		case "get":
+			switch gets++; gets {
+			case 2:
+				fake.Add(shed.Shed{Name: name, Status: shed.StatusCreating})
+			case 4:
+				fake.Delete(context.Background(), name, nil)
+			}
+		}
+		return nil
+	}
+	serve(t, fake)
+	expect(t, "create web --timeout 1ms", 1, "", "shed: create web: not done after 1ms, so it was undone: nothing of it is left\nhint: allow more with --timeout\n")
+	if gets != 4 {
+		t.Errorf("it asked %d times", gets)
 	}
 }
 

@@ -306,7 +306,8 @@ func TestDisplay(t *testing.T) {
 	proceed := make(chan struct{})
 	fake := &apitest.Fake{Before: func(_ context.Context, op, _ string, p shed.Progress) error {
 		if op == "start" {
-			p.Phase("boot", "")()
+			p.Report(shed.Event{Phase: "boot"})
+			p.Report(shed.Event{Phase: "boot", Done: true, Elapsed: time.Millisecond})
 			p.Report(shed.Event{Phase: "pull", Message: "pulling debian:12"})
 			p.Report(shed.Event{Phase: "pull", Message: "unpacking"})
 			p.Report(shed.Event{Phase: "pull", Current: 5 << 20, Total: 10 << 20, Unit: "bytes"})

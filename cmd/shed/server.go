@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/api"
 	"github.com/charliek/shed/internal/client"
+	"github.com/charliek/shed/internal/sshconfig"
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/term"
@@ -83,7 +85,7 @@ accepted. Compare it with the one that the server shows, or give it with
 	f := cmd.Flags()
 	f.StringVar(&name, "name", "", "what to call it (default: as it calls itself)")
 	f.IntVar(&sshPort, "ssh-port", 0, "`port` of its SSH server (default 2222)")
-	f.IntVar(&httpPort, "http-port", 0, "`port` of its HTTP API, which is kept in the configuration (default 8080)")
+	f.IntVar(&httpPort, "http-port", 0, "`port` of its HTTP API, noted in the configuration for other programs; shed itself uses SSH (default 8080)")
 	f.StringVar(&fingerprint, "fingerprint", "", "accept only the host key with this `SHA256:...`")
 	return cmd
 }
@@ -131,11 +133,11 @@ func (c *cli) addServer(ctx context.Context, server client.Server, name, fingerp
 	}
 	wasLocal := len(cfg.Servers) == 0
 	if server.Host != "" {
-		if err := client.PinKey(cfg.KnownHosts(), server.Address(), hostKey); err != nil {
+		if err := client.PinKey(ctx, cfg.KnownHosts(), server.Address(), hostKey); err != nil {
 			return fmt.Errorf("the host key can't be remembered: %w", err)
 		}
 	}
-	if err := cfg.Add(name, server); err != nil {
+	if err := cfg.Add(ctx, name, server); err != nil {
 		return err
 	}
 	if c.json {
@@ -264,7 +266,7 @@ func newServerRemove(c *cli) *cobra.Command {
 		Long:              "Remove a server from the configuration, and forget its host key. The server and its sheds stay as they are.",
 		Args:              needs(false, "NAME"),
 		ValidArgsFunction: c.completeServers,
-		RunE: c.action(func(_ context.Context, args []string) error {
+		RunE: c.action(func(ctx context.Context, args []string) error {
 			servers, err := c.editable()
 			if err != nil {
 				return err
@@ -272,14 +274,17 @@ func newServerRemove(c *cli) *cobra.Command {
 			cfg := servers.Config
 			server, name := cfg.Servers[args[0]], args[0]
 			wasDefault := cfg.DefaultServer == name
-			if err := cfg.Remove(name); err != nil {
+			if err := cfg.Remove(ctx, name); err != nil {
 				return err
 			}
 			if server.Host != "" && cfg.At(server) == "" {
-				if err := client.UnpinKey(cfg.KnownHosts(), server.Address()); err != nil {
+				if err := client.UnpinKey(ctx, cfg.KnownHosts(), server.Address()); err != nil {
 					return fmt.Errorf("server %s is removed, but its host key is not: %w", name, err)
 				}
 			}
+			c.followInSSHConfig(ctx, func(installed []sshconfig.Host) ([]sshconfig.Host, error) {
+				return slices.DeleteFunc(installed, func(h sshconfig.Host) bool { return h.Server == name }), nil
+			})
 			if c.json {
 				return c.printJSON(struct {
 					Removed string `json:"removed"`
@@ -299,12 +304,12 @@ func newServerSetDefault(c *cli) *cobra.Command {
 		Short:             "Make a server the one that is meant where none is named",
 		Args:              needs(false, "NAME"),
 		ValidArgsFunction: c.completeServers,
-		RunE: c.action(func(_ context.Context, args []string) error {
+		RunE: c.action(func(ctx context.Context, args []string) error {
 			servers, err := c.editable()
 			if err != nil {
 				return err
 			}
-			if err := servers.Config.SetDefault(args[0]); err != nil {
+			if err := servers.Config.SetDefault(ctx, args[0]); err != nil {
 				return err
 			}
 			if c.json {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/api/apitest"
+	"github.com/charliek/shed/internal/sshconfig"
 )
 
 // serveTwo starts the servers a and b, and makes the configuration name them, with a the default, and those in extra.
@@ -168,7 +169,23 @@ func TestServerCommands(t *testing.T) {
 	if err != nil || string(text) != "default_server: other\nservers:\n  test:\n    socket: "+socket+"\n  other:\n    socket: "+other+"\n" {
 		t.Errorf("%s, %v", text, err)
 	}
+	sshConfig := filepath.Join(os.Getenv("HOME"), ".ssh", "config")
+	if _, err := sshconfig.Apply(t.Context(), sshConfig, func([]sshconfig.Host) (hosts []sshconfig.Host, err error) {
+		for _, server := range []string{"test", "other"} {
+			h, err := sshconfig.NewHost(server, "on-"+server, sshconfig.Address{Host: "127.0.0.1", Port: 1, KnownHosts: "/known"})
+			if err != nil {
+				return nil, err
+			}
+			hosts = append(hosts, h)
+		}
+		return hosts, nil
+	}); err != nil {
+		t.Fatal(err)
+	}
 	expect(t, "server remove other --json", 0, "{\n  \"removed\": \"other\"\n}\n", "")
+	if text, err := os.ReadFile(sshConfig); err != nil || !strings.Contains(string(text), "on-test") || strings.Contains(string(text), "on-other") {
+		t.Errorf("the hosts of the server that was removed: %s, %v", text, err)
+	}
 	expect(t, "server rm test", 0, "test\n", "")
 	for args, want := range map[string]string{
 		"server add":                              "needs HOST",
@@ -182,7 +199,7 @@ func TestServerCommands(t *testing.T) {
 		"server add " + socket + " --ssh-port 22": "a server with a socket has no ports",
 		"server list x":                           "takes no arguments",
 		"server remove":                           "needs NAME",
-		"server bogus":                            "is no command",
+		"server bogus":                            "unknown command \"bogus\" for \"shed server\"",
 	} {
 		if code, stdout, stderr := shedCLI(strings.Fields(args)...); code != exitUsage || stdout != "" || !strings.Contains(stderr, want) {
 			t.Errorf("shed %s: %d, %q, %q", args, code, stdout, stderr)

@@ -135,7 +135,7 @@ func (s *sshConfig) run(ctx context.Context, ref string) error {
 			}
 			continue
 		}
-		if err := s.pin(a.server, a.value); err != nil {
+		if err := s.pin(ctx, a.server, a.value); err != nil {
 			return err
 		}
 		hosts = append(hosts, a.value.hosts...)
@@ -221,7 +221,7 @@ func (s *sshConfig) reach(ctx context.Context, name string, api *api.Client, she
 		if found.pin, err = s.newKey(ctx, api, found.addr); err != nil {
 			return sshServer{}, err
 		}
-	} else if at.Options, err = client.HostOptions(ctx, server.Host, at.Port); err != nil {
+	} else if at.Options, err = s.known.HostOptions(ctx, server.Host, at.Port); err != nil {
 		s.message("What ~/.ssh/config says of %s is left out: %s", server.Host, err)
 	}
 	for _, sh := range sheds {
@@ -278,7 +278,7 @@ func (s *sshConfig) newKey(ctx context.Context, api *api.Client, addr string) (s
 }
 
 // pin has the file of known hosts know a server by the key that it has now.
-func (s *sshConfig) pin(name string, server sshServer) error {
+func (s *sshConfig) pin(ctx context.Context, name string, server sshServer) error {
 	if server.pin == nil || s.dryRun {
 		return nil
 	}
@@ -287,7 +287,7 @@ func (s *sshConfig) pin(name string, server sshServer) error {
 	if err != nil {
 		return err
 	}
-	if err := client.PinKey(file, server.addr, server.pin); err != nil {
+	if err := client.PinKey(ctx, file, server.addr, server.pin); err != nil {
 		return err
 	}
 	if len(before) > 0 {
@@ -344,30 +344,37 @@ func (s *sshConfig) remove(ctx context.Context, ref string) error {
 
 // updateSSHConfig has the block in ~/.ssh/config, where there is one, follow a shed that has been created, or deleted if gone.
 func (c *cli) updateSSHConfig(ctx context.Context, t target, gone bool) {
-	path, err := sshConfigFile()
-	if err != nil {
-		return // nor is there a block
-	}
 	s := sshConfig{cli: c}
-	reach := sync.OnceValues(func() (sshServer, error) { // Apply may edit twice
+	reach := sync.OnceValues(func() (sshServer, error) { // an edit may be made twice
 		found, err := s.reach(ctx, t.server, t.client, []*shed.Shed{{Name: t.name}})
 		if err == nil {
-			err = s.pin(t.server, found)
+			err = s.pin(ctx, t.server, found)
 		}
 		return found, err
 	})
-	edit := func(installed []sshconfig.Host) ([]sshconfig.Host, error) {
-		if len(installed) == 0 {
-			return nil, nil
-		}
+	c.followInSSHConfig(ctx, func(installed []sshconfig.Host) ([]sshconfig.Host, error) {
 		kept := slices.DeleteFunc(installed, func(h sshconfig.Host) bool { return h.Server == t.server && h.Shed == t.name })
 		if gone {
 			return kept, nil
 		}
 		found, err := reach()
 		return append(kept, found.hosts...), err
+	})
+}
+
+// followInSSHConfig edits the block in ~/.ssh/config, where there is one with any hosts. What goes wrong is said, and no error: what
+// the block follows has been done.
+func (c *cli) followInSSHConfig(ctx context.Context, edit sshconfig.Edit) {
+	path, err := sshConfigFile()
+	if err != nil {
+		return // nor is there a block
 	}
-	if _, err := sshconfig.Apply(ctx, path, edit); err != nil {
+	if _, err := sshconfig.Apply(ctx, path, func(installed []sshconfig.Host) ([]sshconfig.Host, error) {
+		if len(installed) == 0 {
+			return nil, nil
+		}
+		return edit(installed)
+	}); err != nil {
 		c.message("%s does not follow: %s; see: shed ssh-config --install", path, err)
 	}
 }

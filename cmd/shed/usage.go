@@ -31,12 +31,28 @@ func asGroup(cmd *cobra.Command) {
 }
 
 func unknownCommand(cmd *cobra.Command, name string) error {
-	err := shed.Errorf(shed.CodeInvalid, "%q is no command of %s", name, cmd.CommandPath())
+	err := shed.Errorf(shed.CodeInvalid, "unknown command %q for %q", name, cmd.CommandPath())
 	cmd.SuggestionsMinimumDistance = 2
 	if names := cmd.SuggestionsFor(name); len(names) > 0 {
 		return err.WithHint("did you mean %s?", strings.Join(names, " or "))
 	}
 	return err.WithHint("see: %s --help", cmd.CommandPath())
+}
+
+// checkHelp has the command help of root refuse what is no command.
+func checkHelp(root *cobra.Command) {
+	root.InitDefaultHelpCmd()
+	for _, cmd := range root.Commands() {
+		if cmd.Name() == "help" {
+			cmd.Args = func(_ *cobra.Command, args []string) error {
+				found, rest, err := root.Find(args)
+				if err == nil && len(rest) > 0 && found.HasSubCommands() {
+					err = unknownCommand(found, rest[0])
+				}
+				return err
+			}
+		}
+	}
 }
 
 func flagError(cmd *cobra.Command, err error) error {

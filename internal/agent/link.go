@@ -22,9 +22,9 @@ import (
 	"github.com/libp2p/go-yamux/v5"
 )
 
-// Version of the protocol. Host and guest may differ by what they added:
+// protocolVersion is that of this side. Host and guest may differ by what they added:
 // a request that the other side doesn't know is answered with an error.
-const Version = 1
+const protocolVersion = 1
 
 // The handshake finds the start of a session in a stream whose past is
 // unknown: a port keeps what was in flight when a host went away. The host
@@ -58,7 +58,7 @@ func message(magic string, nonce []byte) []byte {
 	b := make([]byte, 0, messageLen)
 	b = append(b, magic...)
 	b = append(b, nonce...)
-	return binary.BigEndian.AppendUint32(b, Version)
+	return binary.BigEndian.AppendUint32(b, protocolVersion)
 }
 
 // readMessage skips bytes until a message with one of the magics is read.
@@ -154,7 +154,9 @@ func Connect(ctx context.Context, conn net.Conn, resync bool) (*Client, error) {
 		}
 		return nil, fmt.Errorf("the link to the agent: %w", err)
 	}
-	s, err := yamux.Client(&port{Conn: conn, r: r}, sessionConfig(), nil)
+	config := sessionConfig()
+	config.MaxIncomingStreams = 0 // the guest has nothing to ask for, and nobody here would take what it sends
+	s, err := yamux.Client(&port{Conn: conn, r: r}, config, nil)
 	if err != nil {
 		return nil, fmt.Errorf("the link to the agent: %w", err)
 	}

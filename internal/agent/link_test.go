@@ -272,6 +272,40 @@ func TestResyncUnderLoad(t *testing.T) {
 	}
 }
 
+// A guest that opens streams itself is refused, and the host's go on.
+func TestGuestOpensNoStreams(t *testing.T) {
+	host, guest := socketPair(t)
+	sessions := make(chan *yamux.Session, 1)
+	go func() {
+		s, err := accept(guest, bufio.NewReader(guest))
+		if err != nil {
+			t.Error(err)
+		}
+		sessions <- s
+	}()
+	c := connectTo(t, host, false)
+	session := <-sessions
+	if session == nil {
+		t.FailNow()
+	}
+	defer session.Close()
+	for range 3 {
+		s, err := session.OpenStream(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, err := s.Write(make([]byte, 64<<20)); !errors.Is(err, yamux.ErrStreamReset) {
+			t.Errorf("the host took %d bytes: %v", n, err)
+		}
+	}
+	go func() {
+		if s, err := session.AcceptStream(); err == nil {
+			echo(s)
+		}
+	}()
+	checkEcho(t, c, []byte("hello"))
+}
+
 func TestManyStreams(t *testing.T) {
 	host, guest := socketPair(t)
 	serveGuest(t, guest, echo)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 
 	"github.com/charliek/shed"
 )
@@ -15,8 +16,8 @@ import (
 // Request is the first message on a stream: exactly one field is set.
 // Each message is a 4-byte big-endian length and that many bytes of JSON.
 //
-// Exec is followed by the frames of the exec protocol. The others are answered with a
-// Reply; after a good one, Dial's stream carries the connection's bytes, and Listen's
+// Exec is followed by the frames of the exec protocol, after a good Reply if it is of a session. The others are
+// answered with a Reply; after a good one, Dial's stream carries the connection's bytes, and Listen's
 // a Listening and then an Accepted for each connection, until the host ends it. After that to
 // Sessions comes one []shed.Session, without the name of the shed.
 type Request struct {
@@ -47,6 +48,12 @@ type Setup struct {
 	Network   Network  `json:"network"`
 	Clock     Clock    `json:"clock"`
 }
+
+// Codes of errors that a Setup has, of which the host knows what to try.
+const (
+	CodeUpper shed.Code = "UPPER" // the upper can't be mounted
+	CodeLayer shed.Code = "LAYER" // nor can a layer
+)
 
 // Image is what an image's configuration says about the commands that run in it.
 type Image struct {
@@ -81,7 +88,8 @@ type KillSession struct {
 
 // Reply answers a request.
 type Reply struct {
-	Error string `json:"error,omitempty"`
+	Error string    `json:"error,omitempty"`
+	Code  shed.Code `json:"code,omitempty"` // of the error, if it has one
 }
 
 // maxJSON bounds a message, in bytes: the largest that a peer may make us hold.
@@ -143,7 +151,40 @@ func call(conn net.Conn, req Request) error {
 		return err
 	}
 	if reply.Error != "" {
-		return errors.New(reply.Error)
+		return &replyError{Reply{Error: cut(reply.Error), Code: shed.Code(cut(string(reply.Code)))}}
 	}
 	return nil
+}
+
+// maxError is how much is taken of what a guest, which need not be the agent, says of an error, in
+// bytes: it is kept and logged.
+const maxError = 1000
+
+func cut(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxError)], "") }
+
+// replyError is what the agent answers instead of doing what it is asked.
+type replyError struct{ Reply }
+
+func (e *replyError) Error() string { return e.Reply.Error }
+
+// ReplyCode returns the code that the agent gave the error in err's chain, or "".
+func ReplyCode(err error) shed.Code {
+	var reply *replyError
+	if errors.As(err, &reply) {
+		return reply.Code
+	}
+	return ""
+}
+
+// Exec asks for a command on conn. On error conn is closed; else it carries the exec protocol.
+func Exec(ctx context.Context, conn net.Conn, cmd shed.Command) error {
+	req := Request{Exec: &cmd}
+	if cmd.Attach != nil {
+		return Call(ctx, conn, req)
+	}
+	err := WriteMessage(conn, req)
+	if err != nil {
+		conn.Close()
+	}
+	return err
 }

@@ -1,6 +1,7 @@
 package client
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io/fs"
@@ -8,11 +9,16 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/userfile"
 )
 
 const cacheVersion = 1
+
+// saveTimeout is how long others may keep us from writing what we remember: a command that has done its work is to end.
+const saveTimeout = 2 * time.Second
 
 // cache remembers which sheds servers had when they last answered. It is safe for concurrent use. A file that
 // can't be read is as good as none.
@@ -39,10 +45,9 @@ type cacheFile struct {
 
 func (c *cache) path() string { return filepath.Join(c.dir, "lookup.json") }
 
-func readCache(path string) map[string]cached {
+func parseCache(text []byte) map[string]cached {
 	var f cacheFile
-	b, err := os.ReadFile(path)
-	if err != nil || json.Unmarshal(b, &f) != nil || f.Version != cacheVersion || f.Servers == nil {
+	if json.Unmarshal(text, &f) != nil || f.Version != cacheVersion || f.Servers == nil {
 		return map[string]cached{}
 	}
 	return f.Servers
@@ -63,7 +68,8 @@ func (c *cache) get(name, address string) cached {
 // load reads the file if that hasn't been done. c.mu is held.
 func (c *cache) load() {
 	if c.servers == nil {
-		c.servers, c.changed = readCache(c.path()), map[string]bool{}
+		text, _ := os.ReadFile(c.path())
+		c.servers, c.changed = parseCache(text), map[string]bool{}
 	}
 }
 
@@ -107,18 +113,14 @@ func (c *cache) save() error {
 	if _, err := os.Stat(c.dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	unlock, err := lock(c.dir)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	all := readCache(c.path())
-	for name := range c.changed {
-		all[name] = c.servers[name]
-	}
-	b, err := json.MarshalIndent(cacheFile{cacheVersion, all}, "", "  ")
-	if err != nil {
-		return err
-	}
-	return writeFile(c.path(), append(b, '\n'))
+	ctx, cancel := context.WithTimeout(context.Background(), saveTimeout)
+	defer cancel()
+	return userfile.Edit(ctx, c.path(), func(f userfile.File) ([]byte, error) {
+		all := parseCache(f.Text)
+		for name := range c.changed {
+			all[name] = c.servers[name]
+		}
+		text, err := json.MarshalIndent(cacheFile{cacheVersion, all}, "", "  ")
+		return append(text, '\n'), err
+	})
 }

@@ -40,7 +40,7 @@ type Config struct {
 // Server says how a server is reached: Host is another machine, by SSH, and Socket is on this one.
 type Server struct {
 	Host     string `yaml:"host,omitempty"`
-	HTTPPort int    `yaml:"http_port,omitempty"`
+	HTTPPort int    `yaml:"http_port,omitempty"` // noted for other programs
 	SSHPort  int    `yaml:"ssh_port,omitempty"`
 	Socket   string `yaml:"socket,omitempty"`
 }

@@ -2,29 +2,27 @@ package client
 
 import (
 	"bytes"
+	"context"
 	"errors"
-	"io/fs"
 	"maps"
-	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/parser"
-	"golang.org/x/sys/unix"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/userfile"
 )
 
 // Add adds a server to the file, and makes it the default if it is the first. The only one that there was, and that
 // so was meant where none was named, stays that. CodeConflict if the name is taken, or another name has
 // the address.
-func (c *Config) Add(name string, s Server) error {
+func (c *Config) Add(ctx context.Context, name string, s Server) error {
 	if err := errors.Join(ValidateName(name), s.check()); err != nil {
 		return err
 	}
-	return c.edit(func(cfg *Config) error {
+	return c.edit(ctx, func(cfg *Config) error {
 		if err := cfg.CanAdd(name, s); err != nil {
 			return err
 		}
@@ -70,8 +68,8 @@ func (c *Config) Add(name string, s Server) error {
 }
 
 // Remove removes a server from the file. Where it is the default, there is none then.
-func (c *Config) Remove(name string) error {
-	return c.edit(func(cfg *Config) error {
+func (c *Config) Remove(ctx context.Context, name string) error {
+	return c.edit(ctx, func(cfg *Config) error {
 		if len(cfg.Servers) == 0 {
 			return shed.Errorf(shed.CodeInvalid, "there is no server %q in the configuration: it has none", name)
 		}
@@ -100,8 +98,8 @@ func (c *Config) Remove(name string) error {
 }
 
 // SetDefault makes a server the default.
-func (c *Config) SetDefault(name string) error {
-	return c.edit(func(cfg *Config) error {
+func (c *Config) SetDefault(ctx context.Context, name string) error {
+	return c.edit(ctx, func(cfg *Config) error {
 		if len(cfg.Servers) == 0 {
 			return shed.Errorf(shed.CodeInvalid, "there is no server %q in the configuration: it has none", name).
 				WithHint("add it with: shed server add HOST")
@@ -141,46 +139,36 @@ func (c *Config) At(s Server) string {
 // edit changes the file, which it reads anew: change says what is to become of the configuration, and write
 // does it to the text, of which comments and order stay. Nothing is written where the text would not say
 // what is wanted.
-func (c *Config) edit(change func(*Config) error, write func(*ast.MappingNode, *Config) error) error {
+func (c *Config) edit(ctx context.Context, change func(*Config) error, write func(*ast.MappingNode, *Config) error) error {
 	if c.path == "" {
 		return shed.Errorf(shed.CodeInvalid, "there is no home directory for the configuration").WithHint("name a file with --config")
 	}
-	unlock, err := lock(c.Dir())
-	if err != nil {
-		return err
+	var got *Config
+	err := userfile.Edit(ctx, c.path, func(f userfile.File) (edited []byte, err error) {
+		want, err := parseConfig(c.path, f.Text)
+		if err != nil {
+			return nil, err
+		}
+		if err := change(want); err != nil {
+			return nil, err
+		}
+		edited, err = rewrite(slices.Clone(f.Text), want, write)
+		if err == nil {
+			got, err = parseConfig(c.path, edited)
+		}
+		if err == nil && (got.DefaultServer != want.DefaultServer || !maps.Equal(got.Servers, want.Servers)) {
+			err = errors.New("the change would come out as another")
+		}
+		if err != nil {
+			return nil, shed.Errorf(shed.CodeInvalid, "%s is written in a way that can't be changed by a program: %w", c.path, err).
+				WithHint("change it by hand")
+		}
+		return edited, nil
+	})
+	if err == nil {
+		*c = *got
 	}
-	defer unlock()
-	text, err := os.ReadFile(c.path)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return shed.Errorf(shed.CodeInvalid, "the configuration can't be read: %w", err)
-	}
-	want, err := parseConfig(c.path, text)
-	if err != nil {
-		return err
-	}
-	if err := change(want); err != nil {
-		return err
-	}
-	fail := func(err error) error {
-		return shed.Errorf(shed.CodeInvalid, "%s is written in a way that can't be changed by a program: %w", c.path, err).
-			WithHint("change it by hand")
-	}
-	edited, err := rewrite(text, want, write)
-	if err != nil {
-		return fail(err)
-	}
-	got, err := parseConfig(c.path, edited)
-	if err != nil {
-		return fail(err)
-	}
-	if got.DefaultServer != want.DefaultServer || !maps.Equal(got.Servers, want.Servers) {
-		return fail(errors.New("the change would come out as another"))
-	}
-	if err := writeFile(c.path, edited); err != nil {
-		return err
-	}
-	*c = *got
-	return nil
+	return err
 }
 
 // rewrite returns text with what write does to its one mapping.
@@ -259,64 +247,4 @@ func setDefault(root *ast.MappingNode, cfg *Config) error {
 	}
 	old.Value = node
 	return nil
-}
-
-// lock keeps other programs from changing the files in dir, which is made if need be, until unlock is called.
-func lock(dir string) (unlock func(), err error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return func() { f.Close() }, nil
-}
-
-// writeFile replaces the file at path, or the one that it is a link to, with text: all of it or, on error, nothing.
-func writeFile(path string, text []byte) error {
-	path, err := followLinks(path)
-	if err != nil {
-		return err
-	}
-	dir := filepath.Dir(path)
-	tmp, err := os.CreateTemp(dir, ".tmp-") // mode 0600
-	if err != nil {
-		return err
-	}
-	_, err = tmp.Write(text)
-	if err == nil {
-		err = tmp.Sync()
-	}
-	err = errors.Join(err, tmp.Close())
-	if err == nil {
-		err = os.Rename(tmp.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(tmp.Name()))
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
-// followLinks returns what path is a link to, which need not be there.
-func followLinks(path string) (string, error) {
-	for range 40 {
-		to, err := os.Readlink(path)
-		if err != nil { // no link, or nothing
-			return path, nil
-		}
-		if !filepath.IsAbs(to) {
-			to = filepath.Join(filepath.Dir(path), to)
-		}
-		path = to
-	}
-	return "", &fs.PathError{Op: "open", Path: path, Err: unix.ELOOP}
 }

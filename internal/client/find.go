@@ -46,7 +46,7 @@ func (s *Servers) Lookup() *Lookup {
 	for _, name := range s.Config.Names() {
 		needed := make(chan struct{})
 		l.needed[name] = sync.OnceFunc(func() { close(needed) })
-		if !l.remembered(name).Silent {
+		if !l.s.remembered(name).Silent {
 			l.needed[name]()
 		}
 		s.lookups.Go(func() { l.ask(name, needed) })
@@ -57,7 +57,7 @@ func (s *Servers) Lookup() *Lookup {
 func (l *Lookup) ask(name string, needed <-chan struct{}) {
 	select {
 	case <-needed:
-	case <-time.After(silentDelay):
+	case <-time.After(l.s.silentDelay):
 	case <-l.s.ctx.Done():
 		return
 	}
@@ -132,9 +132,9 @@ func (l *Lookup) Find(ctx context.Context, name string) (server string, err erro
 	for {
 		st := l.state(name)
 		if len(st.owners) > 0 && grace == nil {
-			wait := max(minGrace, time.Since(l.start))
+			wait := max(l.s.minGrace, time.Since(l.start))
 			if len(l.had(name, st.silent)) > 0 {
-				wait = max(wait, silentDelay) // without its answer, it would be an error
+				wait = max(wait, l.s.silentDelay) // without its answer, it would be an error
 			}
 			grace = time.After(wait)
 		}
@@ -166,7 +166,7 @@ func (l *Lookup) need(name string, st state) {
 // had returns those of servers that had the shed when they last answered.
 func (l *Lookup) had(name string, servers []string) (had []string) {
 	for _, server := range servers {
-		if slices.Contains(l.remembered(server).Sheds, name) {
+		if slices.Contains(l.s.remembered(server).Sheds, name) {
 			had = append(had, server)
 		}
 	}
@@ -175,15 +175,7 @@ func (l *Lookup) had(name string, servers []string) (had []string) {
 
 // worthWaiting reports whether one of servers, which are silent, is not known for it.
 func (l *Lookup) worthWaiting(servers []string) bool {
-	return slices.ContainsFunc(servers, func(name string) bool { return !l.remembered(name).Silent })
-}
-
-func (l *Lookup) remembered(name string) cached {
-	server, err := l.s.Config.Server(name)
-	if err != nil {
-		return cached{}
-	}
-	return l.s.cache.get(name, server.Address())
+	return slices.ContainsFunc(servers, func(name string) bool { return !l.s.remembered(name).Silent })
 }
 
 // decide says which server has the shed, by what is known now.
@@ -194,7 +186,7 @@ func (l *Lookup) decide(name string, st state) (string, error) {
 		if !failed && !slices.Contains(st.silent, server) {
 			continue
 		}
-		known := l.remembered(server)
+		known := l.s.remembered(server)
 		if slices.Contains(known.Sheds, name) {
 			had = append(had, server)
 		}

@@ -64,7 +64,9 @@ func TestFindGrace(t *testing.T) {
 	first := make(chan struct{})
 	a.Before = func(context.Context, string, string, shed.Progress) error { close(first); return nil }
 	b.Before = func(context.Context, string, string, shed.Progress) error { <-first; return nil }
-	wantFind(t, open(t, Options{}, all).Lookup(), "web", "", shed.CodeConflict)
+	s := open(t, Options{}, all)
+	s.minGrace = time.Hour
+	wantFind(t, s.Lookup(), "web", "", shed.CodeConflict)
 }
 
 // A server that doesn't answer is not waited for where another has the shed. What it had counts.
@@ -192,6 +194,7 @@ func TestFindSilentBefore(t *testing.T) {
 	b.Before = func(context.Context, string, string, shed.Progress) error { asked.Store(true); return nil }
 	silent := func(sheds string) *Servers {
 		s := open(t, Options{}, all)
+		s.silentDelay = time.Hour
 		write(t, filepath.Join(s.Config.Dir(), "lookup.json"), `{"version":1,"servers":{"b":{"address":"`+b.socket+`","silent":true,"sheds":[`+sheds+`]}}}`)
 		return s
 	}

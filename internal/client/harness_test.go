@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/pem"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -19,6 +20,7 @@ import (
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/api"
 	"github.com/charliek/shed/internal/api/apitest"
+	"github.com/charliek/shed/internal/porttest"
 	"github.com/charliek/shed/internal/sshd"
 )
 
@@ -106,7 +108,9 @@ type testServer struct {
 func newServer(t *testing.T, authorized ...string) *testServer {
 	t.Helper()
 	dir := socketDir(t)
-	s := &testServer{Fake: &apitest.Fake{}, t: t, host: signerOf(t, newKey(t)), keys: filepath.Join(dir, "keys"), socket: filepath.Join(dir, "s")}
+	s := &testServer{Fake: &apitest.Fake{}, t: t, host: signerOf(t, newKey(t)), socket: filepath.Join(dir, "s")}
+	// In the home directory: a file of keys in one that others can write, as /tmp, doesn't count.
+	s.keys = filepath.Join(os.Getenv("HOME"), "keys-"+filepath.Base(dir))
 	s.authorize(authorized...)
 	l, err := net.Listen("unix", s.socket)
 	if err != nil {
@@ -115,7 +119,11 @@ func newServer(t *testing.T, authorized ...string) *testServer {
 	log := slog.New(slog.DiscardHandler)
 	handler := api.NewServer(api.Config{Sheds: s.Fake, Images: s.Fake, Info: shed.Info{Name: "fake", Version: "v7"}, Log: log})
 	run(t, func(ctx context.Context) error { return api.Serve(ctx, l, handler, log) })
-	s.listen("127.0.0.1:0")
+	port, err := porttest.Unused() // it may listen there again
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.listen(fmt.Sprintf("127.0.0.1:%d", port))
 	return s
 }
 
@@ -184,7 +192,7 @@ func open(t *testing.T, opts Options, servers map[string]Server) *Servers {
 
 func (s *testServer) pin(cfg *Config) {
 	s.t.Helper()
-	if err := PinKey(cfg.KnownHosts(), s.addr, s.host.PublicKey()); err != nil {
+	if err := PinKey(s.t.Context(), cfg.KnownHosts(), s.addr, s.host.PublicKey()); err != nil {
 		s.t.Fatal(err)
 	}
 }

@@ -33,7 +33,8 @@ const (
 type keyring struct {
 	ask func(ctx context.Context, prompt string) ([]byte, error) // nil: nobody can be asked
 
-	asking atomic.Int32 // how many wait for an answer
+	asking   atomic.Int32 // how many wait for an answer
+	unlocked atomic.Int32 // how many keys have been
 
 	mu   sync.Mutex
 	open map[string]ssh.Signer // that had a passphrase, by their files
@@ -245,6 +246,7 @@ func (k *lockedKey) unlock() (ssh.Signer, error) {
 				k.keyring.open = map[string]ssh.Signer{}
 			}
 			k.keyring.open[k.path] = signer
+			k.keyring.unlocked.Add(1)
 			return signer, nil
 		}
 	}

@@ -2,11 +2,10 @@ package client
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io/fs"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/crypto/ssh/knownhosts"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/userfile"
 )
 
 // PinnedKeys returns the keys that file, in OpenSSH's known_hosts format, has for addr, a HOST:PORT. A file that isn't there has none.
@@ -45,46 +45,31 @@ func (noKey) Marshal() []byte                         { return nil }
 func (noKey) Verify(_ []byte, _ *ssh.Signature) error { return errors.New("no key") }
 
 // PinKey has file know addr, a HOST:PORT, by key alone. Lines for other addresses stay as they are.
-func PinKey(file, addr string, key ssh.PublicKey) error {
+func PinKey(ctx context.Context, file, addr string, key ssh.PublicKey) error {
 	addr = strings.ToLower(addr)
-	return editPins(file, func(text []byte) []byte {
-		text = withoutPins(text, addr)
+	return userfile.Edit(ctx, file, func(f userfile.File) ([]byte, error) {
+		text := withoutPins(f.Text, addr)
 		if len(text) > 0 && !bytes.HasSuffix(text, []byte("\n")) {
 			text = append(text, '\n')
 		}
-		return append(text, knownhosts.Line([]string{addr}, key)+"\n"...)
+		return append(text, knownhosts.Line([]string{addr}, key)+"\n"...), nil
 	})
 }
 
 // UnpinKey has file know addr, a HOST:PORT, by no key.
-func UnpinKey(file, addr string) error {
-	if _, err := os.Stat(file); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return editPins(file, func(text []byte) []byte { return withoutPins(text, strings.ToLower(addr)) })
-}
-
-func editPins(file string, edit func([]byte) []byte) error {
-	unlock, err := lock(filepath.Dir(file))
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	text, err := os.ReadFile(file)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	edited := edit(bytes.Clone(text))
-	if bytes.Equal(edited, text) {
-		return nil
-	}
-	return writeFile(file, edited)
+func UnpinKey(ctx context.Context, file, addr string) error {
+	return userfile.Edit(ctx, file, func(f userfile.File) ([]byte, error) {
+		if f.Text == nil {
+			return nil, nil
+		}
+		return withoutPins(f.Text, strings.ToLower(addr)), nil
+	})
 }
 
 // withoutPins returns text without addr: a line that names others too loses only that name.
 func withoutPins(text []byte, addr string) []byte {
 	name := knownhosts.Normalize(addr)
-	var kept []byte
+	kept := []byte{} // a file that is empty stays one
 	for line := range bytes.Lines(text) {
 		hosts, rest, ok := strings.Cut(strings.TrimLeft(string(line), " \t"), " ")
 		list := strings.Split(hosts, ",")

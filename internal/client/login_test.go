@@ -93,6 +93,22 @@ func TestPassphrase(t *testing.T) {
 	}
 }
 
+// A server doesn't wait for as long as it may take to type a passphrase. Nobody has to type it twice.
+func TestPassphraseTakesLong(t *testing.T) {
+	dir, _ := home(t)
+	s := newServer(t, writeKey(t, filepath.Join(dir, ".ssh", "id_ed25519"), "secret"))
+	asked := 0
+	_, client := s.connect(Options{Ask: func(context.Context, string) ([]byte, error) {
+		asked++
+		s.stopSSH()
+		s.listen(s.addr)
+		return []byte("secret"), nil
+	}})
+	if _, err := client.List(t.Context()); err != nil || asked != 1 {
+		t.Errorf("asked %d times, %v", asked, err)
+	}
+}
+
 // startAgent starts an agent with keys.
 func startAgent(t *testing.T, keys ...agent.AddedKey) (socket string) {
 	t.Helper()

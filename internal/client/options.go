@@ -16,12 +16,12 @@ const anyHost = "any-host.invalid"
 
 // HostOptions returns what the user's OpenSSH is told about a host, and not about all others, as lines for the
 // configuration of another name of that host: there nothing that is said about the first name counts.
-func HostOptions(ctx context.Context, host string, port int) ([]string, error) {
+func (s *Servers) HostOptions(ctx context.Context, host string, port int) ([]string, error) {
 	about, err := askOpenSSH(ctx, host, port)
 	if err != nil {
 		return nil, err
 	}
-	others, err := askOpenSSH(ctx, anyHost, port)
+	others, err := s.anyHost()
 	if err != nil {
 		return nil, err
 	}

@@ -43,11 +43,13 @@ type remote struct {
 	// prefer are keys whose types the server is to prove itself with, if it can.
 	prefer []ssh.PublicKey
 
-	connectTimeout, keepAlive time.Duration
+	connectTimeout time.Duration
 
 	ctx    context.Context // of all connections
 	cancel context.CancelFunc
 	parts  sync.WaitGroup
+
+	dialing atomic.Bool // the server hasn't taken the connection yet
 
 	mu   sync.Mutex
 	last *link
@@ -56,7 +58,7 @@ type remote struct {
 func newRemote(name, label string, server Server, keys *keyring, note func(string, ...any)) *remote {
 	r := &remote{
 		name: name, label: label, host: server.Host, port: server.sshPort(), keys: keys, note: note,
-		connectTimeout: connectTimeout, keepAlive: keepAlive,
+		connectTimeout: connectTimeout,
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
@@ -154,7 +156,8 @@ type link struct {
 	client *ssh.Client
 	conn   *watchedConn
 	err    error
-	until  time.Time // err stands, and no login is tried
+	until  time.Time    // err stands, and no login is tried
+	tick   *time.Ticker // each time, a sign of life is asked for
 
 	silent atomic.Bool // it was given up
 }
@@ -178,6 +181,8 @@ func (r *remote) run(l *link) {
 	if errors.Is(l.err, ErrRefused) {
 		l.until = time.Now().Add(refusedPause)
 	}
+	l.tick = time.NewTicker(keepAlive)
+	defer l.tick.Stop()
 	close(l.ready)
 	if l.err != nil {
 		return
@@ -193,8 +198,6 @@ func (r *remote) run(l *link) {
 // watch closes the connection when ctx ends, or when the server gives no sign of life. Intervals are counted, and not
 // the time: this machine may have slept.
 func (r *remote) watch(ctx context.Context, l *link) {
-	tick := time.NewTicker(r.keepAlive)
-	defer tick.Stop()
 	var asking sync.WaitGroup
 	defer asking.Wait()
 	defer l.conn.Close() // which asking waits for
@@ -207,14 +210,14 @@ func (r *remote) watch(ctx context.Context, l *link) {
 		case <-answered:
 			waiting = false
 			continue
-		case <-tick.C:
+		case <-l.tick.C:
 		}
 		now := l.conn.heard.Load()
 		if missed++; now != heard {
 			missed, heard = 0, now
 		}
 		if missed >= maxMissed {
-			r.note("%s gave no sign of life for %s", r.label, maxMissed*r.keepAlive)
+			r.note("%s gave no sign of life for %s", r.label, maxMissed*keepAlive)
 			l.silent.Store(true)
 			return
 		}
@@ -228,8 +231,20 @@ func (r *remote) watch(ctx context.Context, l *link) {
 	}
 }
 
-// connect makes an SSH connection to the server and logs in.
+// connect makes an SSH connection to the server and logs in. A server doesn't wait for a login for long: one that has ended
+// the connection while the user was asked for a passphrase is connected with again.
 func (r *remote) connect(ctx context.Context) (*ssh.Client, *watchedConn, error) {
+	for {
+		unlocked := r.keys.unlocked.Load()
+		client, conn, err := r.connectOnce(ctx)
+		if err == nil || errors.Is(err, ErrRefused) || ctx.Err() != nil || r.keys.unlocked.Load() == unlocked {
+			return client, conn, err
+		}
+		r.note("%s: connecting again with the key that is unlocked now: %v", r.label, err)
+	}
+}
+
+func (r *remote) connectOnce(ctx context.Context) (*ssh.Client, *watchedConn, error) {
 	start := time.Now()
 	s, err := loadSettings(ctx, r.host, r.port)
 	if err != nil {
@@ -242,7 +257,9 @@ func (r *remote) connect(ctx context.Context) (*ssh.Client, *watchedConn, error)
 		r.note("%s: through %q", r.label, s.proxy)
 		nc, err = dialProxy(s.proxy)
 	} else {
+		r.dialing.Store(true)
 		nc, err = (&net.Dialer{Timeout: timeout}).DialContext(ctx, "tcp", net.JoinHostPort(s.hostName, fmt.Sprint(r.port)))
+		r.dialing.Store(false)
 	}
 	if err != nil {
 		return nil, nil, r.explain(err, nil)

@@ -201,9 +201,10 @@ func TestRemoteSilent(t *testing.T) {
 	r := newRelay(t, s.addr)
 	s.addr = r.Addr().String()
 	servers, client := s.connect(Options{})
-	servers.remotes[0].keepAlive = 20 * time.Millisecond
 	logs := followed(t, s, client)
 	r.frozen.Store(true)
+	l, _ := servers.remotes[0].link()
+	l.tick.Reset(time.Millisecond)
 	_, err := io.ReadAll(logs)
 	wantError(t, err, "was lost", "no sign of life")
 	r.frozen.Store(false)
@@ -280,7 +281,7 @@ func TestHostKeys(t *testing.T) {
 	wantError(t, err, old, fresh, "in between", "shed server remove home; shed server add 127.0.0.1 --name home --ssh-port "+port+" --fingerprint "+fresh)
 
 	// The pins are read when a client is made.
-	if err := UnpinKey(servers.Config.KnownHosts(), s.addr); err != nil {
+	if err := UnpinKey(t.Context(), servers.Config.KnownHosts(), s.addr); err != nil {
 		t.Fatal(err)
 	}
 	servers = open(t, Options{}, map[string]Server{"home": s.server()})

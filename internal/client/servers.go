@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -33,6 +34,10 @@ type Servers struct {
 	cancel  context.CancelFunc
 	lookups sync.WaitGroup
 
+	minGrace, silentDelay time.Duration
+
+	anyHost func() ([]byte, error) // what `ssh -G` prints about anyHost, which is asked once
+
 	mu      sync.Mutex
 	clients map[string]*api.Client
 	remotes []*remote
@@ -42,9 +47,10 @@ type Servers struct {
 func NewServers(cfg *Config, opts Options) *Servers {
 	s := &Servers{
 		Config: cfg, opts: opts, keys: &keyring{ask: opts.Ask}, cache: &cache{dir: cfg.Dir()},
-		clients: map[string]*api.Client{},
+		clients: map[string]*api.Client{}, minGrace: minGrace, silentDelay: silentDelay,
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.anyHost = sync.OnceValues(func() ([]byte, error) { return askOpenSSH(s.ctx, anyHost, DefaultSSHPort) })
 	return s
 }
 
@@ -119,6 +125,24 @@ func (s *Servers) Client(name string) (*api.Client, error) {
 	client.Trace = s.opts.Note
 	s.clients[name] = client
 	return client, nil
+}
+
+// Absent reports whether the server called name, which gave no answer when it was last asked, has not even taken the
+// connection yet that is being made now: its machine may be off. One that is just slow takes it within a round trip.
+func (s *Servers) Absent(name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := slices.IndexFunc(s.remotes, func(r *remote) bool { return r.name == name })
+	return i >= 0 && s.remotes[i].dialing.Load() && s.remembered(name).Silent
+}
+
+// remembered returns what is known about the server called name.
+func (s *Servers) remembered(name string) cached {
+	server, err := s.Config.Server(name)
+	if err != nil {
+		return cached{}
+	}
+	return s.cache.get(name, server.Address())
 }
 
 // Probe asks a server that is not in the configuration yet who it is. check is called with its host key, before

@@ -5,6 +5,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -244,7 +245,7 @@ func (e *Engine) reconcile(ctx context.Context) error {
 		switch rec.Phase {
 		case state.Creating, state.Deleting:
 			e.Log.Info("removing a shed whose create or delete was cut off", "shed", rec.Name)
-			if err := e.destroy(ctx, rec.Name); err != nil {
+			if err := e.destroy(ctx, rec.Name, nil); err != nil {
 				e.Log.Error("removing a shed whose create or delete was cut off", "shed", rec.Name, "err", err)
 				en := newEntry(rec, shed.StatusDeleting)
 				en.reason = fmt.Sprintf("it was cut off while %s, and removing it failed: %v", rec.Phase, err)
@@ -284,36 +285,43 @@ func (e *Engine) adopt(ctx context.Context, rec state.Record) {
 	if err != nil {
 		client, err = e.resume(ctx, rec)
 	}
-	if err == nil {
-		en.status = shed.StatusRunning
-		e.watch(en, client)
+	if errors.Is(err, keeper.ErrNotRunning) {
+		en.reason = e.lastReason(dir)
 		return
 	}
-	en.reason = e.reasonStopped(dir)
+	en.status = shed.StatusRunning
+	e.watch(en, client) // which tries again, if err says anything
 }
 
-// resume gives a machine that lost its keeper a new one.
+// resume gives a machine that lost its keeper a new one. Only keeper.ErrNotRunning says that there is no
+// machine; after another error the client may have one yet.
 func (e *Engine) resume(ctx context.Context, rec state.Record) (*keeper.Client, error) {
 	b, ok := e.Backends[rec.Backend]
 	if !ok {
 		return nil, keeper.ErrNotRunning
 	}
 	client, err := keeper.Resume(ctx, e.Program, e.State.Shed(rec.Name), b.Driver)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		e.Log.Warn("a shed's keeper had gone; its machine has a new one", "shed", rec.Name)
 	}
-	e.Log.Warn("a shed's keeper had gone; its machine has a new one", "shed", rec.Name)
-	return client, nil
+	return client, err
+}
+
+// lastReason is reasonStopped for the last run of the shed in dir.
+func (e *Engine) lastReason(dir string) string {
+	if exit, ok := keeper.LastExit(dir); ok {
+		return reasonStopped(exit)
+	}
+	if _, err := os.Stat(filepath.Join(dir, keeper.RunDir)); err == nil {
+		return "its keeper and its machine were ended from outside, or the host went down"
+	}
+	return ""
 }
 
 // reasonStopped says why a shed stopped that nobody stopped, and "" otherwise.
-func (e *Engine) reasonStopped(dir string) string {
-	exit, ok := keeper.LastExit(dir)
-	if !ok {
-		if _, err := os.Stat(filepath.Join(dir, keeper.RunDir)); err == nil {
-			return "its keeper and its machine were ended from outside, or the host went down"
-		}
-		return ""
+func reasonStopped(exit keeper.Exit) string {
+	if exit.Signaled {
+		return "the host was shutting down, or its keeper was told to end"
 	}
 	if exit.Asked {
 		return ""
@@ -330,9 +338,10 @@ func (e *Engine) reasonStopped(dir string) string {
 	return "its machine ended: " + exit.Detail
 }
 
-const resumeDelay = 100 * time.Millisecond
+// A keeper that ends again and again is started again only after a delay, which grows, until one lasts for longer than it can get.
+const minResumeDelay, maxResumeDelay = 100 * time.Millisecond, 10 * time.Second
 
-// watch notices the end of a run.
+// watch notices the end of a run. Until it is certain that no machine runs, the shed counts as running.
 func (e *Engine) watch(en *entry, client *keeper.Client) {
 	watched := make(chan struct{})
 	e.mu.Lock()
@@ -341,50 +350,70 @@ func (e *Engine) watch(en *entry, client *keeper.Client) {
 	e.mu.Unlock()
 	e.wg.Go(func() {
 		defer close(watched)
-		for {
-			_, err := client.Watch(e.ctx)
+		var reason string
+		for delay := time.Duration(0); ; {
+			began := time.Now()
+			exit, err := client.Watch(e.ctx)
+			if err == nil {
+				reason = reasonStopped(exit)
+				break
+			}
 			if e.ctx.Err() != nil {
 				return
 			}
-			if err == nil {
-				break
-			}
 			// The keeper is gone without a word: its machine may live.
-			next, err := e.resume(e.ctx, rec)
-			if err != nil {
-				if !errors.Is(err, keeper.ErrNotRunning) {
-					e.Log.Error("a shed's keeper has gone and can't be replaced", "shed", rec.Name, "err", err)
-				}
-				break
+			if time.Since(began) > maxResumeDelay {
+				delay = 0
 			}
 			select {
-			case <-time.After(resumeDelay): // a keeper that ends again and again must not be a busy loop
+			case <-time.After(delay):
 			case <-e.ctx.Done():
 				return
 			}
-			client = next
-			e.mu.Lock()
-			en.keeper = next
-			e.mu.Unlock()
+			if _, err = e.resume(e.ctx, rec); errors.Is(err, keeper.ErrNotRunning) {
+				reason = e.lastReason(e.State.Shed(rec.Name))
+				break
+			}
+			if err != nil && e.ctx.Err() == nil {
+				e.Log.Error("a shed's keeper has gone and can't be replaced yet", "shed", rec.Name, "err", err)
+			}
+			delay = min(max(2*delay, minResumeDelay), maxResumeDelay)
 		}
-		reason := e.reasonStopped(e.State.Shed(rec.Name))
 		if reason != "" {
 			e.Log.Warn("a shed has stopped", "shed", rec.Name, "reason", reason)
 		}
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		en.keeper = nil
+		if en.status != shed.StatusDeleting {
+			en.reason = reason
+		}
 		if en.status == shed.StatusRunning || en.status == shed.StatusStarting {
-			en.status, en.reason = shed.StatusStopped, reason
+			en.status = shed.StatusStopped
 		}
 	})
 }
 
-// destroy ends a shed's machine at once and removes its files.
-func (e *Engine) destroy(ctx context.Context, name string) error {
+// settle ends an operation on a shed: it runs if it has a keeper. Where it is stopped, that is for the reason
+// that was seen, or else the one given.
+func (e *Engine) settle(en *entry, reason string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if en.keeper != nil {
+		en.status, en.reason = shed.StatusRunning, ""
+	} else {
+		en.status, en.reason = shed.StatusStopped, cmp.Or(en.reason, reason)
+	}
+}
+
+// destroy ends a shed's machine at once and removes its files. The channel is the shed's watched, or nil.
+func (e *Engine) destroy(ctx context.Context, name string, watched <-chan struct{}) error {
 	dir := e.State.Shed(name)
 	if err := e.kill(ctx, name); err != nil {
 		return err
+	}
+	if watched != nil {
+		<-watched
 	}
 	if err := e.State.Remove(name); err != nil {
 		return fmt.Errorf("removing %s: %w", dir, err)
@@ -395,10 +424,12 @@ func (e *Engine) destroy(ctx context.Context, name string) error {
 // kill ends whatever runs for a shed, with or without a keeper.
 func (e *Engine) kill(ctx context.Context, name string) error {
 	dir := e.State.Shed(name)
-	if client, err := keeper.Find(dir); err == nil {
-		if _, err := client.Stop(ctx, 0); err != nil {
-			return err
-		}
+	client, err := keeper.Find(dir)
+	if err == nil {
+		_, err = client.Stop(ctx, 0)
+	}
+	if err != nil && !errors.Is(err, keeper.ErrNotRunning) {
+		return err
 	}
 	for _, b := range e.Backends {
 		m, err := b.Driver.Find(ctx, filepath.Join(dir, keeper.RunDir))

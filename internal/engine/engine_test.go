@@ -16,7 +16,10 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/agent"
 	"github.com/charliek/shed/internal/image"
 	"github.com/charliek/shed/internal/keeper"
 	"github.com/charliek/shed/internal/kernel"
@@ -31,9 +34,9 @@ type fakeDriver struct {
 	machines map[string]*fakeMachine
 	asked    int   // calls of Running
 	findErr  error // of a machine whose directory has the file "broken"
+	runErr   error // of Running
 }
 
-func (d *fakeDriver) Name() string          { return "fake" }
 func (d *fakeDriver) Features() vm.Features { return vm.Features{MaxDisks: 4} }
 func (d *fakeDriver) Start(context.Context, string, vm.Spec) (vm.Machine, error) {
 	return nil, errors.New("these tests start no machines")
@@ -51,12 +54,12 @@ func (d *fakeDriver) Find(_ context.Context, dir string) (vm.Machine, error) {
 	return nil, vm.ErrNotRunning
 }
 
-func (d *fakeDriver) Running(dir string) bool {
+func (d *fakeDriver) Running(dir string) (bool, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.asked++
 	_, ok := d.machines[dir]
-	return ok
+	return ok, d.runErr
 }
 
 func (d *fakeDriver) run(dir string) {
@@ -186,7 +189,7 @@ func TestReconcileRemovesWhatWasCutOff(t *testing.T) {
 			if exists(t, dir) {
 				t.Error("its files are still there")
 			}
-			if f.driver.Running(run) {
+			if runs, err := f.driver.Running(run); runs || err != nil {
 				t.Error("its machine still runs")
 			}
 			list, err := e.List(t.Context())
@@ -311,6 +314,7 @@ func TestReconcileSaysWhyAShedIsStopped(t *testing.T) {
 		"panicked": {run: true, exit: &keeper.Exit{Exit: vm.Exit{Cause: vm.Panic}}, want: "its kernel panicked"},
 		"failed":   {run: true, exit: &keeper.Exit{Exit: vm.Exit{Cause: vm.Failed, Detail: "no memory"}}, want: "its machine ended: no memory"},
 		"killed":   {run: true, exit: &keeper.Exit{Exit: vm.Exit{Cause: vm.Killed}}, want: "its machine ended: killed"},
+		"signaled": {run: true, exit: &keeper.Exit{Exit: vm.Exit{Cause: vm.PowerOff}, Asked: true, Signaled: true}, want: "the host was shutting down"},
 		"lost":     {run: true, want: "ended from outside, or the host went down"},
 	} {
 		dir := f.shed(t, name, state.Ready)
@@ -343,14 +347,19 @@ func TestReconcileGivesAMachineAKeeper(t *testing.T) {
 	dir := f.shed(t, "orphan", state.Ready)
 	run := f.runDir(t, dir)
 	f.driver.run(run)
+	began := time.Now()
 	e := f.engine(t) // its keepers end at once
 	if s := get(t, e, "orphan"); s.Status != shed.StatusRunning {
 		t.Errorf("%s, %q", s.Status, s.Reason)
 	}
-	for asked := 0; asked < 3; time.Sleep(time.Millisecond) {
+	for asked := 0; asked < 5; time.Sleep(time.Millisecond) {
 		f.driver.mu.Lock()
 		asked = f.driver.asked
 		f.driver.mu.Unlock()
+	}
+	// At once, and then after one, two and four times the least delay.
+	if passed := time.Since(began); passed < 7*minResumeDelay {
+		t.Errorf("five keepers within %v", passed)
 	}
 	m, err := f.driver.Find(t.Context(), run)
 	if err != nil {
@@ -363,6 +372,81 @@ func TestReconcileGivesAMachineAKeeper(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	if s := get(t, e, "orphan"); s.Status != shed.StatusStopped || !strings.Contains(s.Reason, "from outside") {
+		t.Errorf("%s, %q", s.Status, s.Reason)
+	}
+}
+
+// A machine whose keeper can't be replaced runs: nobody may take it for ended.
+func TestReconcileTriesAgain(t *testing.T) {
+	f := newFixture(t)
+	dir := f.shed(t, "orphan", state.Ready)
+	run := f.runDir(t, dir)
+	f.driver.run(run)
+	f.kernel(t, "6.1-current")
+	f.Program = "/nonexistent"
+	e := f.engine(t)
+	for name, do := range map[string]func() error{
+		"stop":  func() error { _, err := e.Stop(t.Context(), "orphan", nil); return err },
+		"reset": func() error { _, err := e.Reset(t.Context(), "orphan"); return err },
+	} {
+		if err := do(); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		if s := get(t, e, "orphan"); s.Status != shed.StatusRunning {
+			t.Errorf("after a %s: %s, %q", name, s.Status, s.Reason)
+		}
+	}
+	if b, err := os.ReadFile(dir + "/upper.img"); err != nil || string(b) != "precious" {
+		t.Errorf("its upper: %q, %v", b, err)
+	}
+	m, err := f.driver.Find(t.Context(), run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	for get(t, e, "orphan").Status == shed.StatusRunning {
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// A keeper that can't write down how its machine ended has said it.
+func TestReasonThatIsNotRecorded(t *testing.T) {
+	f := newFixture(t)
+	dir := f.shed(t, "box", state.Ready)
+	run := f.runDir(t, dir)
+	lock, err := os.Create(filepath.Join(run, "keeper.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", filepath.Join(run, "keeper.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	e := f.engine(t)
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	var request map[string]bool
+	if err := agent.ReadMessage(conn, &request); err != nil || !request["watch"] {
+		t.Fatalf("%v, %v", request, err)
+	}
+	exit := keeper.Exit{Exit: vm.Exit{Cause: vm.PowerOff}, At: time.Now()}
+	if err := agent.WriteMessage(conn, map[string]any{"exit": exit}); err != nil {
+		t.Fatal(err)
+	}
+	for get(t, e, "box").Status == shed.StatusRunning {
+		time.Sleep(time.Millisecond)
+	}
+	if s := get(t, e, "box"); s.Status != shed.StatusStopped || s.Reason != "it powered itself off" {
 		t.Errorf("%s, %q", s.Status, s.Reason)
 	}
 }

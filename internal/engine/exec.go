@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
@@ -28,18 +29,14 @@ func (e *Engine) Exec(ctx context.Context, name string, cmd shed.Command) (net.C
 	if err := cmd.Validate(); err != nil {
 		return nil, err
 	}
-	start := true
 	if cmd.Attach != nil {
-		start = cmd.Attach.Mode != shed.AttachJoin
-		if err := e.checkAttach(ctx, name, *cmd.Attach); err != nil {
-			return nil, err
-		}
+		return e.attach(ctx, name, cmd)
 	}
-	rec, conn, err := e.open(ctx, name, start)
+	rec, conn, err := e.open(ctx, name, true)
 	if err != nil {
 		return nil, err
 	}
-	if err := e.execOn(conn, rec, cmd); err != nil {
+	if err := e.execOn(ctx, conn, rec, cmd); err != nil {
 		return nil, err
 	}
 	return conn, nil
@@ -93,14 +90,18 @@ func (e *Engine) running(ctx context.Context, name string, start bool) (state.Re
 }
 
 // execOn starts a command and leaves the exec protocol to the caller. On error it closes conn.
-func (e *Engine) execOn(conn net.Conn, rec state.Record, cmd shed.Command) error {
+func (e *Engine) execOn(ctx context.Context, conn net.Conn, rec state.Record, cmd shed.Command) error {
 	env, err := e.environment(rec)
-	if err == nil {
-		cmd.Env = append(env, cmd.Env...)
-		err = agent.WriteMessage(conn, agent.Request{Exec: &cmd})
-	}
 	if err != nil {
 		conn.Close()
+		return err
+	}
+	cmd.Env = append(env, cmd.Env...)
+	// A shed that is frozen doesn't take a long command.
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	err = agent.Exec(ctx, conn, cmd)
+	if !stop() && err != nil {
+		err = ctx.Err()
 	}
 	return err
 }
@@ -136,6 +137,9 @@ func (e *Engine) environment(rec state.Record) ([]string, error) {
 		}
 		if len(value) > 1 && (value[0] == '"' || value[0] == '\'') && value[len(value)-1] == value[0] {
 			value = value[1 : len(value)-1]
+		}
+		if strings.ContainsRune(line, 0) || !utf8.ValidString(line) {
+			return nil, shed.Errorf(shed.CodeInvalid, "%s:%d: what isn't UTF-8, or has a NUL byte, can't be in the environment", e.EnvFile, n)
 		}
 		env = append(env, key+"="+value)
 	}
@@ -196,7 +200,7 @@ func (e *Engine) clone(ctx context.Context, en *entry) error {
 	if err != nil {
 		return err
 	}
-	if err := e.execOn(conn, en.rec, shed.Command{
+	if err := e.execOn(ctx, conn, en.rec, shed.Command{
 		Args: []string{"git", "clone", "--", en.rec.Repo, en.rec.Workspace}, Dir: home, User: agent.DefaultUser,
 		Env: []string{"GIT_TERMINAL_PROMPT=0"},
 	}); err != nil {
@@ -271,7 +275,7 @@ func (e *Engine) Logs(ctx context.Context, name string, follow bool) (io.ReadClo
 	return r, nil
 }
 
-// copyFrom copies a file from offset on and returns where it ended. A file that
+// copyFrom copies a file from offset to where it ends now, which it returns. A file that
 // has become shorter is read from its start.
 func copyFrom(w io.Writer, file string, offset int64) (int64, error) {
 	f, err := os.Open(file)
@@ -292,7 +296,7 @@ func copyFrom(w io.Writer, file string, offset int64) (int64, error) {
 	if _, err := f.Seek(offset, io.SeekStart); err != nil {
 		return offset, err
 	}
-	n, err := io.Copy(w, f)
+	n, err := io.Copy(w, io.LimitReader(f, fi.Size()-offset)) // it may grow faster than it is read
 	if err != nil {
 		return offset, fmt.Errorf("reading %s: %w", file, err)
 	}

@@ -4,10 +4,14 @@ package engine
 
 import (
 	"bytes"
+	"context"
+	"errors"
+	"net"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/state"
@@ -108,7 +112,7 @@ func TestEnvironment(t *testing.T) {
 	check("A=1", "B=two words", "C=quoted # value", `D=it"s`, `E="`, "F=", "G=", "H=a=b", "I=\"x'", "J="+long, "K=indented", "L=last, no newline")
 	for content, want := range map[string]string{
 		"A=1\n\nnonsense\n": file + ":3:", "=x": file + ":1:", "A B=c": file + ":1:", "export =x": file + ":1:",
-		strings.Repeat("x", maxEnvLine): file,
+		strings.Repeat("x", maxEnvLine): file, "A=1\nB=\x00": file + ":2:", "A=\xff": file + ":1:",
 	} {
 		write(t, file, content)
 		if got, err := e.environment(rec); shed.ErrorCode(err) != shed.CodeInvalid || !strings.Contains(err.Error(), want) {
@@ -149,6 +153,45 @@ func TestCopyFrom(t *testing.T) {
 	next("")
 	write(t, file, "again\n")
 	next("again\n")
+}
+
+// growing writes to a file whatever is read of it.
+type growing struct {
+	file   string
+	copied int
+}
+
+func (g *growing) Write(b []byte) (int, error) {
+	f, err := os.OpenFile(g.file, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	if g.copied += len(b); g.copied > 1<<20 {
+		return 0, errors.New("it has no end")
+	}
+	return f.Write(b)
+}
+
+// A log that grows faster than it is read is read to where it ended.
+func TestCopyFromEnds(t *testing.T) {
+	g := &growing{file: t.TempDir() + "/log"}
+	write(t, g.file, "one\n")
+	if offset, err := copyFrom(g, g.file, 0); err != nil || offset != 4 || g.copied != 4 {
+		t.Errorf("%d bytes to %d, %v", g.copied, offset, err)
+	}
+}
+
+// Who gives up on a shed that doesn't take a command isn't kept waiting.
+func TestExecOnAFrozenShed(t *testing.T) {
+	e := &Engine{}
+	conn, shedEnd := net.Pipe()
+	defer shedEnd.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(10*time.Millisecond, cancel)
+	if err := e.execOn(ctx, conn, state.Record{}, shed.Command{Login: true}); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
 }
 
 func write(t *testing.T, file, content string) {

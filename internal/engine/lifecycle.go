@@ -17,12 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/charliek/shed"
-	"github.com/charliek/shed/internal/agent"
 	"github.com/charliek/shed/internal/keeper"
-	"github.com/charliek/shed/internal/network"
 	"github.com/charliek/shed/internal/rootfs"
 	"github.com/charliek/shed/internal/state"
-	"github.com/charliek/shed/internal/vm"
 )
 
 // stopGrace is how long a shed may take to shut down cleanly.
@@ -60,7 +57,7 @@ func (e *Engine) Create(ctx context.Context, opts shed.CreateOptions, p shed.Pro
 	}
 	if err := e.create(ctx, en, opts, p); err != nil {
 		// Whatever the caller's context says, nothing may stay behind.
-		if derr := e.destroy(context.WithoutCancel(ctx), rec.Name); derr != nil {
+		if derr := e.destroy(context.WithoutCancel(ctx), rec.Name, en.watched); derr != nil {
 			e.Log.Error("undoing a create", "shed", rec.Name, "err", derr)
 			e.set(en, shed.StatusDeleting, fmt.Sprintf("its create failed and could not be undone: %v", derr))
 			return nil, shed.Errorf(shed.ErrorCode(err), "%w; undoing it failed too: %v", err, derr).
@@ -195,141 +192,26 @@ func (e *Engine) create(ctx context.Context, en *entry, opts shed.CreateOptions,
 	if err := e.save(en, rec); err != nil {
 		return err
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if en.status == shed.StatusCreating {
-		en.status = shed.StatusRunning
-		if en.keeper == nil { // it has ended already
-			en.status, en.reason = shed.StatusStopped, e.reasonStopped(dir)
-		}
-	}
+	e.settle(en, "")
 	return nil
 }
 
 // save writes a record and makes it the current one.
 func (e *Engine) save(en *entry, rec state.Record) error {
 	if err := e.State.Save(rec); err != nil {
+		if shed.ErrorCode(err) == shed.CodeNoSpace {
+			return err
+		}
+		// It may have failed only after the record was replaced.
+		if serr := e.State.Save(en.rec); serr != nil {
+			e.Log.Error("writing again the record that a shed had", "shed", rec.Name, "err", serr)
+		}
 		return err
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	en.rec = rec
 	return nil
-}
-
-// boot starts the keeper of a shed and waits until the shed is up. On error nothing runs.
-func (e *Engine) boot(ctx context.Context, en *entry, p shed.Progress) error {
-	cfg, err := e.keeperConfig(ctx, en.rec, p)
-	if err != nil {
-		return err
-	}
-	defer p.Phase("boot", "")()
-	rec := en.rec
-	dir := e.State.Shed(rec.Name)
-	rec.StartedAt = time.Now().UTC().Truncate(time.Second)
-	if err := e.save(en, rec); err != nil {
-		return err
-	}
-	var before int64 // of the console: what earlier boots have left
-	if fi, err := os.Stat(cfg.Spec.Console); err == nil {
-		before = fi.Size()
-	}
-	client, err := keeper.Start(e.Program, dir, cfg)
-	if err != nil {
-		return err
-	}
-	if err := client.Ready(ctx); err != nil {
-		if kerr := e.kill(context.WithoutCancel(ctx), rec.Name); kerr != nil {
-			e.Log.Error("ending a shed that did not come up", "shed", rec.Name, "err", kerr)
-		}
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		return e.bootError(rec.Name, err, vm.LastLines(cfg.Spec.Console, before, 20))
-	}
-	e.watch(en, client)
-	return nil
-}
-
-// bootError says why a shed did not come up, with the end of its console.
-func (e *Engine) bootError(name string, err error, console string) error {
-	msg := fmt.Sprintf("shed %q did not come up: %v", name, err)
-	if console != "" {
-		msg += "\nthe end of its console:\n" + console
-	}
-	boot := &shed.Error{Code: shed.CodeBoot, Message: msg, Err: err}
-	switch said := err.Error(); { // the agent's own words come last
-	case strings.Contains(said, "mounting the upper"):
-		return boot.WithHint("its disk may be damaged: on the server, `e2fsck -f %s` tries to repair it; or `shed reset %s` "+
-			"makes it anew, and what was written there is lost", filepath.Join(e.State.Shed(name), upperFile), name)
-	case strings.Contains(said, "mounting layer"):
-		return boot.WithHint("a layer of its image may be damaged on the server: end shed-server and remove %s; "+
-			"what sheds need of it is made again from the image", e.State.Path("layers"))
-	}
-	return boot.WithHint("`shed-server doctor` checks what the host has to offer")
-}
-
-// keeperConfig gathers all that the machine of a shed needs.
-func (e *Engine) keeperConfig(ctx context.Context, rec state.Record, p shed.Progress) (keeper.Config, error) {
-	var cfg keeper.Config
-	b, ok := e.Backends[rec.Backend]
-	if !ok {
-		return cfg, shed.Errorf(shed.CodeUnsupported, "this server has no backend %q any more", rec.Backend)
-	}
-	bundle, err := e.Kernels.Get(rec.Kernel)
-	if err != nil {
-		return cfg, err
-	}
-	initramfs, err := bundle.Initramfs(ctx, e.AgentBinary)
-	if err != nil {
-		return cfg, err
-	}
-	img, err := e.Config.Images.Resolve(rec.ImageDigest)
-	if err != nil {
-		return cfg, err
-	}
-	layers, image, err := e.Config.Images.RootfsWithin(ctx, img, b.maxLayers(), p)
-	if err != nil {
-		return cfg, imageError(ctx, rec, err)
-	}
-	env, err := e.environment(rec)
-	if err != nil {
-		return cfg, err
-	}
-	workspace := rec.Workspace
-	if workspace == home { // nobody asked for one: the image's directory comes before it
-		workspace = ""
-	}
-	dir := e.State.Shed(rec.Name)
-	disks := []vm.Disk{{Path: filepath.Join(dir, upperFile)}, {Path: bundle.Modules(), ReadOnly: true}}
-	for _, l := range layers {
-		disks = append(disks, vm.Disk{Path: l, ReadOnly: true})
-	}
-	return keeper.Config{
-		Driver: rec.Backend, Accel: b.Accel, BootTimeout: b.BootTimeout, AllowHostPorts: e.AllowHostPorts,
-		Spec: vm.Spec{
-			CPUs: rec.CPUs, MemoryMB: rec.MemoryMB, Kernel: bundle.Kernel(), Initrd: initramfs,
-			Disks: disks, MAC: network.GuestMAC, Console: filepath.Join(dir, consoleFile),
-		},
-		Setup: agent.Setup{
-			Hostname: rec.Name, Env: env, Workspace: workspace, Layers: len(layers),
-			Image: agent.Image{Env: image.Config.Env, WorkingDir: image.Config.WorkingDir, User: image.Config.User},
-			Network: agent.Network{
-				Address: fmt.Sprintf("%s/%d", network.Guest, network.PrefixLen),
-				Gateway: network.Gateway, DNS: network.Gateway, MTU: network.MTU,
-			},
-		},
-	}, nil
-}
-
-// imageError adds to an error about an image's files, unless it suggests something itself, what to try.
-func imageError(ctx context.Context, rec state.Record, err error) error {
-	code := shed.ErrorCode(err)
-	if ctx.Err() != nil || shed.ErrorHint(err) != "" || code != shed.CodeInternal && code != shed.CodeInvalid {
-		return err
-	}
-	return shed.Errorf(shed.CodeInternal, "%w", err).
-		WithHint("the image %s may be damaged on the server: get it anew, or put back from a backup what the error names", rec.Image)
 }
 
 func (e *Engine) Start(ctx context.Context, name string, p shed.Progress) (*shed.Shed, error) {
@@ -361,16 +243,9 @@ func (e *Engine) start(ctx context.Context, en *entry, p shed.Progress) error {
 		return shed.Errorf(shed.CodeConflict, "shed %q can't be started: it is %s", en.rec.Name, status)
 	}
 	e.set(en, shed.StatusStarting, "")
-	if err := e.boot(ctx, en, p); err != nil {
-		e.set(en, shed.StatusStopped, reason)
-		return err
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if en.keeper != nil {
-		en.status = shed.StatusRunning
-	}
-	return nil
+	err := e.boot(ctx, en, p)
+	e.settle(en, reason)
+	return err
 }
 
 func (e *Engine) Stop(ctx context.Context, name string, p shed.Progress) (*shed.Shed, error) {
@@ -410,12 +285,7 @@ func (e *Engine) stop(ctx context.Context, en *entry, p shed.Progress) error {
 		}
 	}
 	if err != nil {
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		en.status = shed.StatusRunning
-		if en.keeper == nil { // it has ended all the same
-			en.status = shed.StatusStopped
-		}
+		e.settle(en, "") // it may have ended all the same
 		return err
 	}
 	e.set(en, shed.StatusStopped, forced)
@@ -437,9 +307,18 @@ func (e *Engine) Reset(ctx context.Context, name string) (*shed.Shed, error) {
 	case shed.StatusDeleting:
 		return nil, halfDeleted(en)
 	case shed.StatusStopped:
+		// Whatever is known: a machine must not lose the disk under it.
+		client, err := e.resume(ctx, rec)
+		if err != nil && !errors.Is(err, keeper.ErrNotRunning) {
+			return nil, err
+		}
+		if err == nil {
+			e.watch(en, client)
+			e.settle(en, "")
+			return nil, notStopped(name, shed.StatusRunning)
+		}
 	default:
-		return nil, shed.Errorf(shed.CodeConflict, "shed %q is %s: only a stopped one can be reset", name, status).
-			WithHint("shed stop %s", name)
+		return nil, notStopped(name, status)
 	}
 	bundle, err := e.Kernels.Default(ctx, nil)
 	if err != nil {
@@ -458,6 +337,11 @@ func (e *Engine) Reset(ctx context.Context, name string) (*shed.Shed, error) {
 	return e.Get(ctx, name)
 }
 
+func notStopped(name string, status shed.Status) error {
+	return shed.Errorf(shed.CodeConflict, "shed %q is %s: only a stopped one can be reset", name, status).
+		WithHint("shed stop %s", name)
+}
+
 func (e *Engine) Delete(ctx context.Context, name string, p shed.Progress) error {
 	en, err := e.acquire(ctx, name)
 	if err != nil {
@@ -470,20 +354,37 @@ func (e *Engine) Delete(ctx context.Context, name string, p shed.Progress) error
 	defer p.Phase("delete", "removing")()
 	if rec.Phase == state.Ready { // others are removed by the next start as they are, or their record can't be read
 		rec.Phase = state.Deleting
-		if err := e.save(en, rec); err != nil {
+		err := e.save(en, rec)
+		if shed.ErrorCode(err) == shed.CodeNoSpace {
+			// Its own logs, which nobody needs any more, make room for that.
+			e.emptyLogs(name)
+			err = e.save(en, rec)
+		}
+		if err != nil {
 			return err
 		}
 	}
 	e.set(en, shed.StatusDeleting, "")
 	// From here on it goes through: what is left the next start of the server removes.
 	ctx = context.WithoutCancel(ctx)
-	if err := e.destroy(ctx, name); err != nil {
+	if err := e.destroy(ctx, name, watched); err != nil {
 		e.set(en, shed.StatusDeleting, fmt.Sprintf("removing it failed: %v", err))
 		return err
 	}
-	if watched != nil {
-		<-watched
-	}
 	e.forget(name)
 	return nil
+}
+
+// emptyLogs gives back what the logs of a shed take, also of one that runs and has them open.
+func (e *Engine) emptyLogs(name string) {
+	dir := e.State.Shed(name)
+	for _, pattern := range []string{"*.log", keeper.RunDir + "/*.log"} {
+		logs, err := filepath.Glob(filepath.Join(dir, pattern))
+		for _, f := range logs {
+			err = errors.Join(err, os.Truncate(f, 0))
+		}
+		if err != nil {
+			e.Log.Warn("emptying the logs of a shed", "shed", name, "err", err)
+		}
+	}
 }

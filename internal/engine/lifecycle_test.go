@@ -11,8 +11,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/agent"
 	"github.com/charliek/shed/internal/state"
 )
 
@@ -77,13 +79,68 @@ func TestLogs(t *testing.T) {
 		}
 	}
 	read("console\nprovision\n")
-	write(t, dir+"/console.log", "console\nmore\n")
+	console, err := os.OpenFile(dir+"/console.log", os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer console.Close()
+	if _, err := console.WriteString("more\n"); err != nil {
+		t.Fatal(err)
+	}
 	read("more\n")
 	if err := e.Delete(t.Context(), "box", nil); err != nil {
 		t.Fatal(err)
 	}
 	if b, err := io.ReadAll(r); err != nil || len(b) != 0 {
 		t.Errorf("after the delete: %q, %v", b, err)
+	}
+}
+
+// A shed whose machine runs keeps its disk, whatever is known of it.
+func TestResetOfWhatRunsAllTheSame(t *testing.T) {
+	f := newFixture(t)
+	dir := f.shed(t, "box", state.Ready)
+	run := f.runDir(t, dir)
+	f.kernel(t, "6.1-current")
+	e := f.engine(t)
+	for _, tt := range []struct {
+		err error // of Running
+		is  func(error) bool
+	}{
+		{errors.New("nobody knows"), func(err error) bool { return errors.Is(err, f.driver.runErr) }},
+		{nil, func(err error) bool { return shed.ErrorCode(err) == shed.CodeConflict }},
+	} {
+		f.driver.run(run)
+		f.driver.runErr = tt.err
+		if s, err := e.Reset(t.Context(), "box"); !tt.is(err) {
+			t.Errorf("%+v, %v", s, err)
+		}
+		if b, err := os.ReadFile(dir + "/upper.img"); err != nil || string(b) != "precious" {
+			t.Fatalf("its upper: %q, %v", b, err)
+		}
+	}
+	if s := get(t, e, "box"); s.Status != shed.StatusRunning {
+		t.Errorf("now it is %s", s.Status)
+	}
+}
+
+func TestAnnounce(t *testing.T) {
+	console := t.TempDir() + "/console.log"
+	rec := state.Record{Image: "base", ImageDigest: "sha256:abc", Kernel: "6.1-x", StartedAt: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}
+	line := "shed: starting at 2026-01-02T03:04:05Z, image base (sha256:abc), kernel 6.1-x\n"
+	for _, want := range []string{line, line + "a boot that was cut of" + "\n" + line} {
+		n, err := announce(console, rec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(console)
+		if err != nil || string(b) != want || n != int64(len(want)) {
+			t.Errorf("%q, %d, %v; want %q", b, n, err, want)
+		}
+		write(t, console, want+"a boot that was cut of")
+	}
+	if _, err := announce(t.TempDir(), rec); err == nil {
+		t.Error("no error about what is no file")
 	}
 }
 
@@ -178,12 +235,11 @@ func TestFormatSize(t *testing.T) {
 func TestBootErrorSuggestsWhatHelps(t *testing.T) {
 	f := newFixture(t)
 	e := f.engine(t)
-	for said, want := range map[string]string{
-		"the agent could not set the machine up: mounting the upper: structure needs cleaning":    "shed reset box",
-		"the agent could not set the machine up: mounting layer 2 of 3: structure needs cleaning": f.State.Path("layers"),
-		"the machine did not come up: its kernel gave up":                                         "shed-server doctor",
+	const said = "the agent could not set the machine up: structure needs cleaning"
+	for code, want := range map[shed.Code]string{
+		agent.CodeUpper: "shed reset box", agent.CodeLayer: f.State.Path("layers"), shed.CodeInternal: "shed-server doctor",
 	} {
-		cause := errors.New(said)
+		cause := shed.Errorf(code, said)
 		err := e.bootError("box", cause, "the last words")
 		if shed.ErrorCode(err) != shed.CodeBoot || !errors.Is(err, cause) || !strings.Contains(err.Error(), said) ||
 			!strings.Contains(err.Error(), "the last words") || !strings.Contains(shed.ErrorHint(err), want) {

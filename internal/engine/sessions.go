@@ -5,6 +5,7 @@ package engine
 import (
 	"cmp"
 	"context"
+	"net"
 	"slices"
 	"sync"
 	"time"
@@ -14,7 +15,7 @@ import (
 )
 
 // sessionsTimeout is how long all sheds together are waited for: one may be frozen.
-const sessionsTimeout = 2 * time.Second
+const sessionsTimeout = 5 * time.Second
 
 func (e *Engine) Sessions(ctx context.Context, name string) ([]shed.Session, error) {
 	sh, err := e.Get(ctx, name)
@@ -73,53 +74,57 @@ func (e *Engine) AllSessions(ctx context.Context) (shed.SessionList, error) {
 }
 
 func (e *Engine) KillSession(ctx context.Context, name, session string) error {
-	if err := e.hasSession(ctx, name, session); err != nil {
+	if err := shed.ValidateSession(session); err != nil {
 		return err
+	}
+	sh, err := e.Get(ctx, name)
+	if err != nil {
+		return err
+	}
+	if sh.Status != shed.StatusRunning {
+		return noSession(name, session)
 	}
 	conn, err := e.call(ctx, name, false, agent.Request{KillSession: &agent.KillSession{Name: session}}, shed.CodeInternal)
 	if err != nil {
+		if agent.ReplyCode(err) == shed.CodeNoSession || shed.ErrorCode(err) == shed.CodeConflict { // it has just stopped
+			return noSession(name, session)
+		}
 		return err
 	}
 	return conn.Close()
 }
 
-// hasSession returns an error unless a shed has the session.
-func (e *Engine) hasSession(ctx context.Context, name, session string) error {
-	if err := shed.ValidateSession(session); err != nil {
-		return err
-	}
-	sessions, err := e.Sessions(ctx, name)
-	if err != nil {
-		return err
-	}
-	if !slices.ContainsFunc(sessions, func(s shed.Session) bool { return s.Name == session }) {
-		return shed.Errorf(shed.CodeNoSession, "shed %q has no session %q", name, session).
-			WithHint("`shed sessions %s` lists those that there are", name)
-	}
-	return nil
+func noSession(name, session string) error {
+	return shed.Errorf(shed.CodeNoSession, "shed %q has no session %q", name, session).
+		WithHint("`shed sessions %s` lists those that there are", name)
 }
 
-// checkAttach returns the error that a's mode has for the session as it is.
-func (e *Engine) checkAttach(ctx context.Context, name string, a shed.Attach) error {
-	switch a.Mode {
-	case shed.AttachJoin:
+// attach is Exec of a session.
+func (e *Engine) attach(ctx context.Context, name string, cmd shed.Command) (net.Conn, error) {
+	join := cmd.Attach.Mode == shed.AttachJoin
+	if join {
+		// A shed that is about to stop isn't waited for.
 		sh, err := e.Get(ctx, name)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if sh.Status != shed.StatusRunning {
-			return shed.Errorf(shed.CodeConflict, "shed %q is %s", name, sh.Status)
-		}
-		return e.hasSession(ctx, name, a.Session)
-	case shed.AttachNew:
-		err := e.hasSession(ctx, name, a.Session)
-		if err == nil {
-			return shed.Errorf(shed.CodeConflict, "shed %q has a session %q", name, a.Session).
-				WithHint("attach to it without --new, or name another one with --session")
-		}
-		if shed.ErrorCode(err) != shed.CodeNoSession {
-			return err
+			return nil, shed.Errorf(shed.CodeConflict, "shed %q is %s", name, sh.Status)
 		}
 	}
-	return nil
+	rec, conn, err := e.open(ctx, name, !join)
+	if err != nil {
+		return nil, err
+	}
+	if err := e.execOn(ctx, conn, rec, cmd); err != nil {
+		switch agent.ReplyCode(err) {
+		case shed.CodeNoSession:
+			return nil, noSession(name, cmd.Attach.Session)
+		case shed.CodeConflict:
+			return nil, shed.Errorf(shed.CodeConflict, "shed %q has a session %q", name, cmd.Attach.Session).
+				WithHint("attach to it without --new, or name another one with --session")
+		}
+		return nil, err
+	}
+	return conn, nil
 }

@@ -24,10 +24,12 @@ func TestSessionsOfStopped(t *testing.T) {
 	}
 	for want, do := range map[shed.Code]func() error{
 		shed.CodeNoSession: func() error { return e.KillSession(t.Context(), "a", "default") },
-		shed.CodeConflict:  func() error { return e.checkAttach(t.Context(), "a", shed.Attach{Session: "s", Mode: shed.AttachJoin}) },
-		"":                 func() error { return e.checkAttach(t.Context(), "a", shed.Attach{Session: "s", Mode: shed.AttachNew}) },
-		shed.CodeNotFound:  func() error { return e.KillSession(t.Context(), "c", "default") },
-		shed.CodeInvalid:   func() error { return e.KillSession(t.Context(), "a", "de.fault") },
+		shed.CodeConflict: func() error {
+			_, err := e.Exec(t.Context(), "a", shed.Command{Attach: &shed.Attach{Session: "s", Mode: shed.AttachJoin}, TTY: &shed.TTY{}})
+			return err
+		},
+		shed.CodeNotFound: func() error { return e.KillSession(t.Context(), "c", "default") },
+		shed.CodeInvalid:  func() error { return e.KillSession(t.Context(), "a", "de.fault") },
 	} {
 		if err := do(); shed.ErrorCode(err) != want {
 			t.Errorf("%v, want the code %q", err, want)

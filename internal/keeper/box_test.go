@@ -20,6 +20,7 @@ import (
 
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
+	"github.com/charliek/shed/internal/proclock"
 	"github.com/charliek/shed/internal/vm"
 )
 
@@ -35,7 +36,7 @@ func newBox(t *testing.T) *box {
 	dir := filepath.Join(t.TempDir(), strings.Repeat("d", 120)) // longer than the address of a socket
 	b := &box{T: t, dir: dir, run: filepath.Join(dir, RunDir)}
 	t.Cleanup(func() {
-		if (fakeDriver{}).Running(b.run) {
+		if running(b.run) {
 			if !t.Failed() {
 				t.Error("the machine still runs")
 			}
@@ -43,7 +44,7 @@ func newBox(t *testing.T) *box {
 				t.Error(err)
 			}
 		}
-		if locked(b.run) {
+		if b.hasKeeper() {
 			if !t.Failed() {
 				t.Error("the keeper still runs")
 			}
@@ -71,7 +72,7 @@ func config(behaviour string) Config {
 
 func (b *box) start(cfg Config) *Client {
 	b.Helper()
-	c, err := Start(os.Args[0], b.dir, cfg)
+	c, err := Start(b.Context(), os.Args[0], b.dir, cfg)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -101,6 +102,12 @@ func (b *box) stopBy(stop func(context.Context, time.Duration) (string, error), 
 	if err != nil {
 		b.Fatalf("Stop: %v", err)
 	}
+	b.ended(forced, words)
+}
+
+// ended wants the shed to have ended as it was asked to, by force for a reason with these words.
+func (b *box) ended(forced, words string) {
+	b.Helper()
 	if (forced == "") != (words == "") || !strings.Contains(forced, words) {
 		b.Errorf("forced because %q, want %q", forced, words)
 	}
@@ -112,12 +119,27 @@ func (b *box) stopBy(stop func(context.Context, time.Duration) (string, error), 
 
 func (b *box) nothingRuns() {
 	b.Helper()
-	if (fakeDriver{}).Running(b.run) {
+	if running(b.run) {
 		b.Error("the machine still runs")
 	}
 	if _, err := Find(b.dir); !errors.Is(err, ErrNotRunning) {
 		b.Errorf("Find: %v, want ErrNotRunning", err)
 	}
+}
+
+// watch returns how the machine ends, or has ended: a keeper that has gone by then can't be asked.
+func (b *box) watch(c *Client) Exit {
+	exit, err := c.Watch(b.Context())
+	if errors.Is(err, ErrNotRunning) {
+		var ok bool
+		if exit, ok = LastExit(b.dir); ok {
+			err = nil
+		}
+	}
+	if err != nil {
+		b.Errorf("Watch: %v", err)
+	}
+	return exit
 }
 
 // echo wants the agent to be there.
@@ -184,35 +206,35 @@ func stuff(conn net.Conn, patience time.Duration) {
 	}
 }
 
-// keeperPID returns the pid of the keeper.
-func (b *box) keeperPID() int {
+func (b *box) hasKeeper() bool {
 	b.Helper()
-	lock, err := os.Stat(filepath.Join(b.run, lockFile))
+	held, err := locked(b.run)
 	if err != nil {
 		b.Fatal(err)
 	}
-	pid, err := findHolder(lock)
-	if pid == 0 || err != nil {
+	return held
+}
+
+// keeperPID returns the pid of the keeper.
+func (b *box) keeperPID() int {
+	b.Helper()
+	p, err := proclock.Find(filepath.Join(b.run, lockFile), lockPatience)
+	if err != nil {
 		b.Fatalf("there is no keeper: %v", err)
 	}
-	return pid
+	return p.PID()
 }
 
-func (b *box) signalKeeper(sig syscall.Signal) {
+// freeze stops a process, and returns when none of its threads runs any more.
+func (b *box) freeze(pid int) {
 	b.Helper()
-	if err := syscall.Kill(b.keeperPID(), sig); err != nil {
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		b.Fatal(err)
 	}
-}
-
-// freezeKeeper stops the keeper, and returns when none of its threads runs any more.
-func (b *box) freezeKeeper() {
-	b.Helper()
-	b.signalKeeper(syscall.SIGSTOP)
 	for running := true; running; time.Sleep(time.Millisecond) {
-		stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", b.keeperPID()))
+		stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
 		if err != nil || len(stats) == 0 {
-			b.Fatalf("the keeper's threads: %v, %v", stats, err)
+			b.Fatalf("the threads of process %d: %v, %v", pid, stats, err)
 		}
 		running = slices.ContainsFunc(stats, func(file string) bool {
 			stat, err := os.ReadFile(file)
@@ -224,8 +246,10 @@ func (b *box) freezeKeeper() {
 // killKeeper kills the keeper and waits for its end.
 func (b *box) killKeeper() {
 	b.Helper()
-	b.signalKeeper(syscall.SIGKILL)
-	for locked(b.run) {
+	if err := syscall.Kill(b.keeperPID(), syscall.SIGKILL); err != nil {
+		b.Fatal(err)
+	}
+	for b.hasKeeper() {
 		time.Sleep(time.Millisecond)
 	}
 }

@@ -3,6 +3,7 @@
 package keeper
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,10 +15,9 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
+	"github.com/charliek/shed/internal/proclock"
 	"github.com/charliek/shed/internal/vm"
 )
 
@@ -28,108 +28,111 @@ var ErrNotRunning = errors.New("the shed has no keeper")
 type Client struct{ run string }
 
 // Start starts the keeper of the shed in dir, as program "keep dir". It returns when the
-// keeper has been started, not when the shed is up: see Ready.
-func Start(program, dir string, cfg Config) (*Client, error) {
-	run := filepath.Join(dir, RunDir)
-	if err := os.MkdirAll(run, 0o700); err != nil {
+// keeper has been started, not when the shed is up: see Ready. A shed that has a keeper keeps that.
+func Start(ctx context.Context, program, dir string, cfg Config) (*Client, error) {
+	c := &Client{filepath.Join(dir, RunDir)}
+	if err := os.MkdirAll(c.run, 0o700); err != nil {
 		return nil, err
 	}
-	l, err := lock(run)
+	l, err := c.lock(ctx)
+	if errors.Is(err, errKept) {
+		return c, nil
+	}
 	if err != nil {
-		return nil, fmt.Errorf("the shed already has a keeper: %w", err)
+		return nil, err
 	}
 	defer l.Close()
-	if err := os.Remove(filepath.Join(dir, exitFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
+	// What is told of a run is nothing that an earlier one has left.
+	for _, f := range []string{filepath.Join(dir, exitFile), filepath.Join(c.run, logFile)} {
+		if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
 	}
-	return spawn(record{Config: cfg, Program: program}, dir, l)
+	return c, c.spawn(record{Config: cfg, Program: program}, l)
 }
 
-// Resume starts a keeper for a machine that runs without one, with the same configuration, or returns
-// the one that somebody else has started for it. It returns ErrNotRunning where no machine runs.
+// Resume starts a keeper for a machine that runs without one, with the same configuration, or finds
+// the one that somebody else has started for it. It returns ErrNotRunning where no machine runs. With
+// any other error, one may; the client is for that, and its keeper may come yet.
 func Resume(ctx context.Context, program, dir string, driver vm.Driver) (*Client, error) {
-	run := filepath.Join(dir, RunDir)
-	if _, err := os.Stat(run); err != nil {
-		return nil, ErrNotRunning
-	}
-	l, err := lock(run)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return &Client{run}, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer l.Close()
-	if !driver.Running(run) {
-		return nil, ErrNotRunning
-	}
-	rec, err := readRecord(run)
-	if err != nil && !errors.Is(err, os.ErrNotExist) { // without one the keeper ends, and its log says why
-		return nil, err
-	}
-	rec.Program, rec.Found = program, true
-	return spawn(rec, dir, l)
+	c := &Client{filepath.Join(dir, RunDir)}
+	return c, c.takeOver(ctx, program, func() (bool, error) { return driver.Running(c.run) })
 }
 
 // replace ends a keeper that doesn't answer, and starts another one unless the machine has ended. It may
 // be that somebody else does this first.
-func (c *Client) replace() error {
+func (c *Client) replace(ctx context.Context) error {
 	if err := killKeeper(c.run); err != nil {
 		return err
 	}
-	l, err := lock(c.run)
-	if errors.Is(err, unix.EWOULDBLOCK) {
+	err := c.takeOver(ctx, "", func() (bool, error) {
+		_, ended := LastExit(filepath.Dir(c.run))
+		return !ended, nil
+	})
+	if errors.Is(err, ErrNotRunning) {
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	dir := filepath.Dir(c.run)
-	if _, ended := LastExit(dir); ended {
-		return nil
-	}
-	rec, err := readRecord(c.run)
-	if err != nil {
-		return err
-	}
-	rec.Found = true
-	_, err = spawn(rec, dir, l)
 	return err
 }
 
-// spawn starts a keeper in dir, which inherits the lock.
-func spawn(rec record, dir string, lock *os.File) (*Client, error) {
-	run := filepath.Join(dir, RunDir)
-	if err := rec.write(run); err != nil {
-		return nil, err
+// takeOver starts a keeper, unless there is one, for a machine that runs already: else that is ErrNotRunning. A
+// program of "" is the one of the keeper before.
+func (c *Client) takeOver(ctx context.Context, program string, runs func() (bool, error)) error {
+	l, err := c.lock(ctx)
+	switch {
+	case errors.Is(err, errKept):
+		return nil
+	case errors.Is(err, os.ErrNotExist): // nothing has ever run there
+		return ErrNotRunning
+	case err != nil:
+		return err
 	}
-	log, err := os.OpenFile(filepath.Join(run, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	defer l.Close()
+	if ok, err := runs(); err != nil {
+		return err
+	} else if !ok {
+		return ErrNotRunning
+	}
+	rec, err := readRecord(c.run)
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // without one the keeper ends, and its log says why
+		return err
+	}
+	rec.Program, rec.Found = cmp.Or(program, rec.Program), true
+	return c.spawn(rec, l)
+}
+
+// spawn starts a keeper, which inherits the lock.
+func (c *Client) spawn(rec record, lock *os.File) error {
+	if err := rec.write(c.run); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(filepath.Join(c.run, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer log.Close()
-	os.Remove(filepath.Join(run, socketFile))
-	cmd := exec.Command(rec.Program, "keep", dir)
+	os.Remove(filepath.Join(c.run, socketFile))
+	cmd := exec.Command(rec.Program, "keep", filepath.Dir(c.run))
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.ExtraFiles = []*os.File{lock} // lockFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("starting the keeper: %w", err)
+	if _, err := proclock.Start(cmd, lock); err != nil {
+		return fmt.Errorf("starting the keeper: %w", err)
 	}
-	// It is ours to bury as long as we live.
-	go cmd.Wait()
-	return &Client{run}, nil
+	return nil
 }
 
 // Find returns the keeper that the shed in dir has, or ErrNotRunning.
 func Find(dir string) (*Client, error) {
-	run := filepath.Join(dir, RunDir)
-	if !locked(run) {
+	c := &Client{filepath.Join(dir, RunDir)}
+	held, err := locked(c.run)
+	if err != nil {
+		return nil, err
+	}
+	if !held {
 		return nil, ErrNotRunning
 	}
-	return &Client{run}, nil
+	return c, nil
 }
 
 // dial connects to the keeper, which may only just have been started.
@@ -139,7 +142,9 @@ func (c *Client) dial(ctx context.Context) (net.Conn, error) {
 		if err == nil {
 			return conn, nil
 		}
-		if !locked(c.run) {
+		if held, err := locked(c.run); err != nil {
+			return nil, err
+		} else if !held {
 			return nil, ErrNotRunning
 		}
 		if !sleep(ctx, time.Millisecond) {
@@ -164,7 +169,7 @@ func (c *Client) call(ctx context.Context, req request) (net.Conn, reply, error)
 	} else if err != nil {
 		err = fmt.Errorf("the keeper has gone: %w", errors.Join(ErrNotRunning, err))
 	} else if r.Error != "" {
-		err = errors.New(r.Error)
+		err = coded(r.Code, r.Error)
 	}
 	if err != nil {
 		conn.Close()
@@ -173,9 +178,24 @@ func (c *Client) call(ctx context.Context, req request) (net.Conn, reply, error)
 	return conn, r, nil
 }
 
-// Ready returns nil when the shed is up, and an error when it failed to come up.
+// coded is an error that a keeper had.
+func coded(code shed.Code, text string) error {
+	return shed.Errorf(cmp.Or(code, shed.CodeInternal), "%s", text)
+}
+
+// Ready returns nil when the shed is up, and an error when it failed to come up: with the code that
+// the agent gave it, if it is the agent's.
 func (c *Client) Ready(ctx context.Context) error {
 	conn, _, err := c.call(ctx, request{Ready: true})
+	if errors.Is(err, ErrNotRunning) {
+		// It may have ended before it got to say why.
+		if exit, ok := LastExit(filepath.Dir(c.run)); ok {
+			return coded(exit.Code, describe(exit.Exit))
+		}
+		if said := vm.LastLines(filepath.Join(c.run, logFile), 0, 5); said != "" {
+			return fmt.Errorf("its keeper ended: %s", said)
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -204,7 +224,7 @@ var errNoAnswer = fmt.Errorf("the shed's keeper does not answer within %v", answ
 func (c *Client) Stop(ctx context.Context, grace time.Duration) (forced string, err error) {
 	forced, err = c.stop(ctx, grace)
 	if errors.Is(err, errNoAnswer) || errors.Is(err, ErrNotRunning) {
-		if rerr := c.replace(); rerr != nil {
+		if rerr := c.replace(ctx); rerr != nil {
 			return "", fmt.Errorf("%w; it can't be replaced: %w", err, rerr)
 		}
 		forced, err = c.stop(ctx, grace)
@@ -252,12 +272,14 @@ func (c *Client) ping(ctx context.Context) error {
 func (c *Client) waitEnd(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, errNoAnswer)
 	defer cancel()
-	for locked(c.run) {
+	for {
+		if held, err := locked(c.run); !held || err != nil {
+			return err
+		}
 		if !sleep(ctx, time.Millisecond) {
 			return context.Cause(ctx)
 		}
 	}
-	return nil
 }
 
 // Open returns a stream to the shed's agent.

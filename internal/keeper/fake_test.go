@@ -10,8 +10,10 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -19,18 +21,25 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
+	"github.com/charliek/shed/internal/proclock"
 	"github.com/charliek/shed/internal/vm"
 )
 
 // The test's program is the keeper and the monitor too.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 3 && os.Args[1] == "keep" {
-		err := Run(context.Background(), os.Args[2], func(cfg Config) (vm.Driver, error) {
-			if cfg.Driver != "fake" {
-				return nil, fmt.Errorf("there is no driver %q", cfg.Driver)
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+		defer stop()
+		err := Run(ctx, os.Args[2], func(cfg Config) (vm.Driver, error) {
+			switch cfg.Driver {
+			case "fake":
+				return fakeDriver{}, nil
+			case "blind":
+				return blindDriver{}, nil
 			}
-			return fakeDriver{}, nil
+			return nil, fmt.Errorf("there is no driver %q", cfg.Driver)
 		})
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -50,14 +59,16 @@ func TestMain(m *testing.M) {
 
 // What a fake machine does, as its Spec's kernel.
 const (
-	wellBehaved   = "well-behaved"
-	failsToStart  = "fails to start"
-	panics        = "panics"        // instead of booting
-	neverAnswers  = "never answers" // its agent doesn't
-	refusesSetup  = "refuses setup" // its agent does
-	ignoresOff    = "ignores off"   // it is asked to power off and goes on
-	rebootsAtOnce = "reboots once"  // when it is asked to power off, the first time
-	hangsOnce     = "hangs once"    // like neverAnswers, the first time
+	wellBehaved    = "well-behaved"
+	failsToStart   = "fails to start"
+	panics         = "panics"           // instead of booting
+	neverAnswers   = "never answers"    // its agent doesn't
+	refusesSetup   = "refuses setup"    // its agent does
+	refusesLater   = "refuses later"    // all but the first setup, at length
+	ignoresOff     = "ignores off"      // it is asked to power off and goes on
+	ignoresOffOnce = "ignores off once" // the first time
+	rebootsAtOnce  = "reboots once"     // when it is asked to power off, the first time
+	hangsOnce      = "hangs once"       // like neverAnswers, the first time
 )
 
 // Files in a fake machine's directory.
@@ -67,6 +78,7 @@ const (
 	monitorBoots = "monitor.boots"
 	noAgent      = "no-agent" // the agent has ended
 	askedOff     = "asked-off"
+	refusals     = "refusals"
 	fakeLink     = "link.sock"
 	fakeNet      = "net.sock"
 )
@@ -74,7 +86,6 @@ const (
 // fakeDriver runs machines that are processes of the test's program: they outlive their keepers.
 type fakeDriver struct{}
 
-func (fakeDriver) Name() string          { return "fake" }
 func (fakeDriver) Features() vm.Features { return vm.Features{} }
 
 func (d fakeDriver) Start(ctx context.Context, dir string, spec vm.Spec) (vm.Machine, error) {
@@ -102,19 +113,34 @@ func (d fakeDriver) Start(ctx context.Context, dir string, spec vm.Spec) (vm.Mac
 }
 
 func (d fakeDriver) Find(_ context.Context, dir string) (vm.Machine, error) {
-	if !d.Running(dir) {
+	if !running(dir) {
 		return nil, vm.ErrNotRunning
 	}
 	return fakeMachine{dir}, nil
 }
 
-func (fakeDriver) Running(dir string) bool {
-	f, err := os.Open(filepath.Join(dir, monitorLock))
+func (fakeDriver) Running(dir string) (bool, error) {
+	return proclock.Held(filepath.Join(dir, monitorLock))
+}
+
+// refusal is the code that the agent of a machine has for its refusing a setup.
+const refusal shed.Code = "NO_DISK"
+
+// blindDriver can't tell whether a machine runs.
+type blindDriver struct{ fakeDriver }
+
+var errBlind = errors.New("nobody knows")
+
+func (blindDriver) Find(context.Context, string) (vm.Machine, error) { return nil, errBlind }
+func (blindDriver) Running(string) (bool, error)                     { return false, errBlind }
+
+// running says whether a machine runs in dir.
+func running(dir string) bool {
+	runs, err := fakeDriver{}.Running(dir)
 	if err != nil {
-		return false
+		panic(err)
 	}
-	defer f.Close()
-	return unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) != nil
+	return runs
 }
 
 type fakeMachine struct{ dir string }
@@ -131,7 +157,7 @@ func (m fakeMachine) DialNetwork(ctx context.Context) (net.Conn, error) {
 }
 
 func (m fakeMachine) Wait(ctx context.Context) (vm.Exit, error) {
-	for (fakeDriver{}).Running(m.dir) {
+	for running(m.dir) {
 		if !sleep(ctx, time.Millisecond) {
 			return vm.Exit{}, ctx.Err()
 		}
@@ -144,7 +170,7 @@ func (m fakeMachine) Wait(ctx context.Context) (vm.Exit, error) {
 }
 
 func (m fakeMachine) Kill() error {
-	if !(fakeDriver{}).Running(m.dir) {
+	if !running(m.dir) {
 		return nil
 	}
 	b, err := os.ReadFile(filepath.Join(m.dir, monitorLock))
@@ -169,6 +195,7 @@ func runMonitor() error {
 	if err != nil {
 		return err
 	}
+	defer lock.Close() // and not before
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		return err
 	}
@@ -239,8 +266,17 @@ func runMonitor() error {
 			s.Close()
 			return
 		case req.Setup != nil && behaviour == refusesSetup:
-			reply.Error = "there is no disk"
-		case req.PowerOff != nil && behaviour == ignoresOff:
+			reply = agent.Reply{Error: "there is no disk", Code: refusal}
+		case req.Setup != nil && behaviour == refusesLater:
+			if fi, err := os.Stat(refusals); err == nil {
+				reply.Error = strings.Repeat("there is no disk"+strings.Repeat(".", 1000), 1000)
+				if err := os.WriteFile(refusals, make([]byte, fi.Size()+1), 0o600); err != nil {
+					panic(err)
+				}
+			} else if err := os.WriteFile(refusals, nil, 0o600); err != nil {
+				panic(err)
+			}
+		case req.PowerOff != nil && (behaviour == ignoresOff || behaviour == ignoresOffOnce && !exists(askedOff)):
 			if err := os.WriteFile(askedOff, nil, 0o600); err != nil {
 				panic(err)
 			}

@@ -21,8 +21,10 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
 	"github.com/charliek/shed/internal/network"
+	"github.com/charliek/shed/internal/proclock"
 	"github.com/charliek/shed/internal/vm"
 )
 
@@ -80,8 +82,10 @@ func (r record) write(run string) error {
 // Exit is how a shed's run ended.
 type Exit struct {
 	vm.Exit
-	Asked bool      `json:"asked"` // the server asked for it
-	At    time.Time `json:"at"`
+	Code     shed.Code `json:"code,omitempty"` // of Detail, for Failed, if the agent gave it one
+	Asked    bool      `json:"asked"`          // the server asked for it, or who sent the keeper a signal
+	Signaled bool      `json:"signaled,omitempty"`
+	At       time.Time `json:"at"`
 }
 
 // keeper is the process's state.
@@ -101,16 +105,18 @@ type keeper struct {
 	bootErr   error
 	setupErr  error
 	asked     bool // to end the machine
-	force     bool // to do so at once
+	signaled  bool // it was a signal that asked
+	force     bool // to end it at once
 	exit      Exit
 }
 
-// Run is the keeper of the shed in dir until its machine has ended. newDriver makes the driver
-// that the configuration names. The lock on the run directory is inherited from the server.
+// Run is the keeper of the shed in dir until its machine has ended. When ctx is done, the machine is
+// shut down cleanly. newDriver makes the driver that the configuration names. The lock on the run
+// directory is inherited from the server.
 func Run(ctx context.Context, dir string, newDriver func(Config) (vm.Driver, error)) error {
 	run := filepath.Join(dir, RunDir)
 	// The machine's monitor, which outlives its keeper, must not inherit the lock.
-	unix.CloseOnExec(lockFD)
+	unix.CloseOnExec(proclock.FD)
 	// Sockets and the driver's files are named relative to it: paths of sockets are short.
 	if err := os.Chdir(run); err != nil {
 		return err
@@ -126,6 +132,16 @@ func Run(ctx context.Context, dir string, newDriver func(Config) (vm.Driver, err
 	if k.driver, err = newDriver(cfg.Config); err != nil {
 		return err
 	}
+	// What fails before it is known whether a machine runs is nothing that a machine has ended of.
+	m, err := k.driver.Find(ctx, run)
+	if err != nil && !errors.Is(err, vm.ErrNotRunning) {
+		return err
+	}
+	nw, err := network.New(network.Config{AllowHostPorts: cfg.AllowHostPorts, Log: k.log})
+	if err != nil {
+		return err
+	}
+	defer nw.Close()
 	if err := os.Remove(socketFile); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -137,21 +153,26 @@ func Run(ctx context.Context, dir string, newDriver func(Config) (vm.Driver, err
 	serveCtx, cutOff := context.WithCancel(context.Background())
 	defer cutOff()
 	serving.Go(func() { k.serve(serveCtx, listener, &serving) })
+	serving.Go(func() { k.stopWhenDone(ctx) })
 
-	exit := k.keep(ctx)
+	exit := k.keep(serveCtx, m, nw)
 	if exit.At.IsZero() {
 		exit.At = time.Now().UTC()
+		k.mu.Lock()
+		exit.Asked, exit.Signaled = k.asked, k.signaled
+		k.mu.Unlock()
 	}
 	if b, err := json.Marshal(exit); err != nil {
 		k.log.Error("recording the end", "err", err)
 	} else if err := renameio.WriteFile(filepath.Join("..", exitFile), b, 0o600); err != nil {
 		k.log.Error("recording the end", "err", err)
 	}
+	// Who is told of the end, and starts the shed again, isn't to find this keeper.
+	listener.Close()
 	k.mu.Lock()
 	k.exit = exit
 	k.mu.Unlock()
 	close(k.ended)
-	listener.Close()
 	// Somebody who doesn't read must not keep the keeper from ending.
 	defer time.AfterFunc(linger, cutOff).Stop()
 	serving.Wait()
@@ -161,24 +182,16 @@ func Run(ctx context.Context, dir string, newDriver func(Config) (vm.Driver, err
 // linger is how long the last of a stream may take to be read once the machine has ended.
 const linger = 2 * time.Second
 
-// keep runs the machine, again after each reboot, until it has ended.
-func (k *keeper) keep(ctx context.Context) Exit {
-	nw, err := network.New(network.Config{AllowHostPorts: k.cfg.AllowHostPorts, Log: k.log})
-	if err != nil {
-		return k.failed(err)
-	}
-	defer nw.Close()
-	m, err := k.driver.Find(ctx, k.dir)
-	found := err == nil
-	if err != nil && !errors.Is(err, vm.ErrNotRunning) {
-		return k.failed(err)
-	}
+// keep runs the machine, again after each reboot, until it has ended. It takes over the one that was found, if
+// that isn't nil. The caller adds who asked for the end, and when it was.
+func (k *keeper) keep(ctx context.Context, m vm.Machine, nw *network.Network) Exit {
+	found := m != nil
 	if !found && k.cfg.Found {
 		k.setReady(errNotFound)
 		if exit, ok := LastExit(".."); ok { // the keeper before saw the end
 			return exit
 		}
-		return Exit{Exit: vm.Exit{Cause: vm.Killed, Detail: errNotFound.Error()}, Asked: k.isAsked()}
+		return Exit{Exit: vm.Exit{Cause: vm.Killed, Detail: errNotFound.Error()}}
 	}
 	for retried := false; ; {
 		if !found {
@@ -188,6 +201,7 @@ func (k *keeper) keep(ctx context.Context) Exit {
 			if err := os.Remove(upFile); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return k.failed(err)
 			}
+			var err error
 			if m, err = k.driver.Start(ctx, k.dir, k.cfg.Spec); err != nil {
 				return k.failed(err)
 			}
@@ -207,7 +221,7 @@ func (k *keeper) keep(ctx context.Context) Exit {
 			k.log.Info("the machine reboots")
 		default:
 			k.setReady(nil)
-			return Exit{Exit: exit, Asked: k.isAsked()}
+			return Exit{Exit: exit}
 		}
 	}
 }
@@ -229,7 +243,11 @@ func (k *keeper) run(ctx context.Context, m vm.Machine, nw *network.Network, fou
 	defer wg.Wait()
 	defer cancel()
 	wg.Go(func() { k.serveNetwork(ctx, m, nw) })
-	wg.Go(func() { k.trimConsole(ctx) })
+	wg.Go(func() {
+		for sleep(ctx, trimInterval) {
+			k.trimLogs()
+		}
+	})
 
 	booted := make(chan struct{})
 	if _, err := os.Stat(upFile); found && err == nil {
@@ -252,7 +270,7 @@ func (k *keeper) run(ctx context.Context, m vm.Machine, nw *network.Network, fou
 	wg.Go(func() { k.serveLink(ctx, m, found, booted) })
 	exit, err := m.Wait(ctx)
 	if err != nil {
-		exit = vm.Exit{Cause: vm.Killed, Detail: "the keeper was told to end"}
+		exit = vm.Exit{Cause: vm.Killed, Detail: err.Error()}
 		k.kill(m)
 	}
 	k.mu.Lock()
@@ -302,19 +320,28 @@ func (k *keeper) serveNetwork(ctx context.Context, m vm.Machine, nw *network.Net
 	}
 }
 
-// A console that a guest writes to without end must not fill the host's disk.
-const maxConsole = 16 << 20
+// What a guest writes to without end, or makes others write to, must not fill the host's disk.
+const (
+	maxConsole   = 16 << 20
+	maxLog       = 1 << 20
+	trimInterval = 30 * time.Second
+)
 
-func (k *keeper) trimConsole(ctx context.Context) {
-	for sleep(ctx, 30*time.Second) {
-		fi, err := os.Stat(k.cfg.Spec.Console)
-		if err != nil || fi.Size() < maxConsole {
-			continue
+// trimLogs empties the console, and the keeper's and the monitor's logs, where they have become long. All are appended to: what
+// comes then is at the new end.
+func (k *keeper) trimLogs() {
+	files := map[string]int64{k.cfg.Spec.Console: maxConsole}
+	logs, err := filepath.Glob("*.log")
+	for _, f := range logs {
+		files[f] = maxLog
+	}
+	for f, limit := range files {
+		if fi, serr := os.Stat(f); serr == nil && fi.Size() >= limit {
+			err = errors.Join(err, os.Truncate(f, 0))
 		}
-		// The monitor appends: it goes on at the new end.
-		if err := os.Truncate(k.cfg.Spec.Console, 0); err != nil {
-			k.log.Warn("trimming the console", "err", err)
-		}
+	}
+	if err != nil {
+		k.log.Warn("trimming the logs", "err", err)
 	}
 }
 
@@ -330,7 +357,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 func (k *keeper) failed(err error) Exit {
 	k.log.Error("the shed did not start", "err", err)
 	k.setReady(err)
-	return Exit{Exit: vm.Exit{Cause: vm.Failed, Detail: err.Error()}, Asked: k.isAsked()}
+	return Exit{Exit: vm.Exit{Cause: vm.Failed, Detail: err.Error()}, Code: agent.ReplyCode(err)}
 }
 
 // setReady settles whether the shed came up; only the first call counts.

@@ -4,11 +4,13 @@ package keeper
 
 import (
 	"errors"
+	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -29,13 +31,7 @@ func TestStartAndStop(t *testing.T) {
 		}
 		b.echo(found)
 		watched := make(chan Exit, 1)
-		go func() {
-			exit, err := c.Watch(t.Context())
-			if err != nil {
-				t.Error(err)
-			}
-			watched <- exit
-		}()
+		go func() { watched <- b.watch(c) }()
 		b.stop(found, time.Minute, "")
 		exit := <-watched
 		if exit.Cause != vm.PowerOff || !exit.Asked || exit.At.IsZero() {
@@ -75,7 +71,7 @@ func TestStopWhileItBoots(t *testing.T) {
 		for _, wait := range []bool{false, true} {
 			b := newBox(t)
 			c := b.start(config(neverAnswers))
-			for wait && !(fakeDriver{}).Running(b.run) {
+			for wait && !running(b.run) {
 				time.Sleep(time.Millisecond)
 			}
 			if _, err := c.Stop(t.Context(), grace); err != nil {
@@ -85,8 +81,8 @@ func TestStopWhileItBoots(t *testing.T) {
 			if exit, ok := LastExit(b.dir); !ok || !exit.Asked {
 				t.Errorf("exit %+v, %v", exit, ok)
 			}
-			if err := c.Ready(t.Context()); !errors.Is(err, ErrNotRunning) {
-				t.Errorf("Ready: %v", err)
+			if err := c.Ready(t.Context()); err == nil {
+				t.Error("Ready: no error")
 			}
 		}
 	}
@@ -112,11 +108,19 @@ func TestBootFails(t *testing.T) {
 				cfg.BootTimeout = 200 * time.Millisecond
 			}
 			c := b.start(cfg)
-			if err := c.Ready(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("Ready: %v, want %q", err, tt.want)
+			code := shed.CodeInternal
+			if behaviour == refusesSetup {
+				code = refusal
+			}
+			if err := c.Ready(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) || shed.ErrorCode(err) != code {
+				t.Errorf("Ready: %v (%s), want %q (%s)", err, shed.ErrorCode(err), tt.want, code)
 			}
 			if err := c.waitEnd(t.Context()); err != nil {
 				t.Fatal(err)
+			}
+			// One that has ended can't answer any more.
+			if err := c.Ready(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) || shed.ErrorCode(err) != code {
+				t.Errorf("Ready, later: %v (%s), want %q (%s)", err, shed.ErrorCode(err), tt.want, code)
 			}
 			b.nothingRuns()
 			if exit, ok := LastExit(b.dir); !ok || exit.Cause != vm.Failed || exit.Asked || !strings.Contains(exit.Detail, tt.want) {
@@ -132,15 +136,25 @@ func TestBootFails(t *testing.T) {
 
 func TestBootThatHangsIsRepeated(t *testing.T) {
 	t.Parallel()
-	b := newBox(t)
-	cfg := config(hangsOnce)
-	cfg.BootTimeout = 5 * time.Second // enough for the second, slow as the host may be
-	c := b.start(cfg)
-	if err := c.Ready(t.Context()); err != nil {
-		t.Fatal(err)
+	// Until it is enough for the second boot, slow as the host may be.
+	for timeout := 500 * time.Millisecond; ; timeout *= 2 {
+		b := newBox(t)
+		cfg := config(hangsOnce)
+		cfg.BootTimeout = timeout
+		c := b.start(cfg)
+		err := c.Ready(t.Context())
+		if err == nil {
+			b.wantBoots(2)
+			b.stop(c, time.Minute, "")
+			return
+		}
+		if timeout > time.Minute || !strings.Contains(err.Error(), "the agent did not answer within") {
+			t.Fatal(err)
+		}
+		if err := c.waitEnd(t.Context()); err != nil {
+			t.Fatal(err)
+		}
 	}
-	b.wantBoots(2)
-	b.stop(c, time.Minute, "")
 }
 
 // The end of a machine that nobody asked for is noticed, with its reason, as is a reboot.
@@ -186,13 +200,8 @@ func TestMachineEndsByItself(t *testing.T) {
 			b := newBox(t)
 			c := b.startUp(tt.behaviour)
 			tt.end(b, c)
-			exit, err := c.Watch(t.Context())
-			if errors.Is(err, ErrNotRunning) { // it has ended already
-				err = nil
-				exit, _ = LastExit(b.dir)
-			}
-			if err != nil || exit.Exit != tt.want || exit.Asked {
-				t.Errorf("%+v, %v; want %+v", exit, err, tt.want)
+			if exit := b.watch(c); exit.Exit != tt.want || exit.Asked {
+				t.Errorf("%+v, want %+v", exit, tt.want)
 			}
 			if err := c.waitEnd(t.Context()); err != nil {
 				t.Fatal(err)
@@ -205,11 +214,9 @@ func TestMachineEndsByItself(t *testing.T) {
 func TestOneKeeperForADirectory(t *testing.T) {
 	t.Parallel()
 	b := newBox(t)
-	c := b.startUp(wellBehaved)
+	b.startUp(wellBehaved)
 	pid := b.keeperPID()
-	if _, err := Start(os.Args[0], b.dir, config(wellBehaved)); err == nil || !strings.Contains(err.Error(), "already has a keeper") {
-		t.Errorf("a second Start: %v", err)
-	}
+	c := b.startUp(wellBehaved)
 	if now := b.keeperPID(); now != pid {
 		t.Errorf("the keeper is process %d, and was %d", now, pid)
 	}
@@ -268,10 +275,107 @@ func shortPath(t *testing.T, dir, file string) string {
 func TestNoProgram(t *testing.T) {
 	t.Parallel()
 	b := newBox(t)
-	if _, err := Start("/none/shed-server", b.dir, config(wellBehaved)); err == nil || !strings.Contains(err.Error(), "/none/shed-server") {
+	if _, err := Start(t.Context(), "/none/shed-server", b.dir, config(wellBehaved)); err == nil || !strings.Contains(err.Error(), "/none/shed-server") {
 		t.Errorf("Start: %v", err)
 	}
 	b.nothingRuns()
+}
+
+// A keeper that gets a signal, as at a shutdown of the host, shuts its machine down.
+func TestSignal(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	c := b.startUp(wellBehaved)
+	watched := make(chan Exit, 1)
+	go func() { watched <- b.watch(c) }()
+	if err := syscall.Kill(b.keeperPID(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	exit := <-watched
+	if exit.Cause != vm.PowerOff || !exit.Asked || !exit.Signaled {
+		t.Errorf("%+v", exit)
+	}
+	if err := c.waitEnd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.ended("", "")
+	b.wantBoots(1)
+}
+
+// Long logs are emptied, the console's limit being another one, and others are left.
+func TestTrimLogs(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	k := &keeper{cfg: record{Config: Config{Spec: vm.Spec{Console: filepath.Join(t.TempDir(), "console.log")}}}, log: slog.New(slog.DiscardHandler)}
+	sizes := map[string][2]int64{
+		k.cfg.Spec.Console: {maxConsole, 0}, logFile: {maxLog, 0}, "vmm.log": {maxLog + 1, 0}, "short.log": {maxLog - 1, maxLog - 1}, "other": {maxConsole, maxConsole},
+	}
+	for file, size := range sizes {
+		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, size[0])); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k.trimLogs()
+	for file, size := range sizes {
+		if fi, err := os.Stat(file); err != nil || fi.Size() != size[1] {
+			t.Errorf("%s: %v, %v; want %d bytes", file, fi, err, size[1])
+		}
+	}
+	if err := os.Truncate(k.cfg.Spec.Console, maxConsole-1); err != nil {
+		t.Fatal(err)
+	}
+	k.trimLogs()
+	if fi, err := os.Stat(k.cfg.Spec.Console); err != nil || fi.Size() != maxConsole-1 {
+		t.Errorf("a console that isn't that long: %v, %v", fi, err)
+	}
+}
+
+// A keeper that ends before it could say anything has said why in its log, and so does Ready.
+func TestKeeperThatCannotKeep(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	cfg := config(wellBehaved)
+	cfg.Driver = "other"
+	for range 2 {
+		c := b.start(cfg)
+		if err := c.Ready(t.Context()); err == nil || strings.Count(err.Error(), `there is no driver "other"`) != 1 {
+			t.Errorf("Ready: %v", err)
+		}
+	}
+	b.nothingRuns()
+}
+
+// A shed that has just ended can be started at once, even if somebody doesn't read what there is still to be read of it.
+func TestStartWhileTheKeeperLingers(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	c := b.startUp(wellBehaved)
+	for range 3 {
+		conn, err := c.Open(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if err := agent.WriteMessage(conn, agent.Request{Exec: &shed.Command{Script: "echo"}}); err != nil {
+			t.Fatal(err)
+		}
+		stuff(conn, 300*time.Millisecond)
+		watched := make(chan Exit, 1)
+		go func() { watched <- b.watch(c) }()
+		off, err := c.Open(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		agent.Call(t.Context(), off, agent.Request{PowerOff: &agent.PowerOff{}})
+		off.Close()
+		if exit := <-watched; exit.Cause != vm.PowerOff {
+			t.Errorf("%+v", exit)
+		}
+		c = b.startUp(wellBehaved)
+		b.echo(c)
+	}
+	b.wantBoots(4)
+	b.stop(c, time.Minute, "")
 }
 
 // Without its agent a shed can't be asked for anything: nobody waits for it.
@@ -317,9 +421,11 @@ func TestStopOfAFrozenMachine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("kill", "-STOP", string(pid)).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
+	monitor, err := strconv.Atoi(string(pid))
+	if err != nil {
+		t.Fatal(err)
 	}
+	b.freeze(monitor)
 	// More than fits in between: the link itself takes no more.
 	for range 4 {
 		conn, err := c.Open(t.Context())

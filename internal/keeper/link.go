@@ -20,6 +20,7 @@ func (k *keeper) serveLink(ctx context.Context, m vm.Machine, resync bool, boote
 		booted = nil
 	default:
 	}
+	var logged string // a failure that goes on is logged once
 	for first := true; ctx.Err() == nil; first = false {
 		client, err := k.connectAgent(ctx, m, resync || !first, booted == nil)
 		if err != nil {
@@ -32,12 +33,14 @@ func (k *keeper) serveLink(ctx context.Context, m vm.Machine, resync bool, boote
 				k.kill(m)
 				return
 			}
-			if ctx.Err() == nil && !errors.Is(err, vm.ErrLinkClosed) { // which lasts, and has been logged
+			if ctx.Err() == nil && err.Error() != logged && !errors.Is(err, vm.ErrLinkClosed) { // which has been logged
+				logged = err.Error()
 				k.log.Warn("the link to the agent", "err", err)
 			}
 			sleep(ctx, linkInterval)
 			continue
 		}
+		logged = ""
 		k.mu.Lock()
 		k.client = client
 		k.mu.Unlock()
@@ -50,10 +53,7 @@ func (k *keeper) serveLink(ctx context.Context, m vm.Machine, resync bool, boote
 			booted = nil
 			k.setReady(nil)
 		}
-		select {
-		case <-client.Done():
-		case <-ctx.Done():
-		}
+		k.keepClock(ctx, client, clockPoll, clockInterval)
 		client.Close()
 		k.mu.Lock()
 		k.client = nil
@@ -62,6 +62,48 @@ func (k *keeper) serveLink(ctx context.Context, m vm.Machine, resync bool, boote
 }
 
 const linkInterval = 100 * time.Millisecond
+
+const (
+	clockInterval = time.Minute     // between two times that a machine is told the time
+	clockPoll     = 5 * time.Second // between two looks at whether the host's clock has jumped, as when the host slept
+	clockLimit    = 500 * time.Millisecond
+)
+
+// keepClock tells the agent the time every interval, and when the host's clock has jumped, until the link has ended,
+// which it does when ctx is done.
+func (k *keeper) keepClock(ctx context.Context, client *agent.Client, poll, interval time.Duration) {
+	defer context.AfterFunc(ctx, func() { client.Close() })()
+	tick := time.NewTicker(poll)
+	defer tick.Stop()
+	for told := time.Now(); ; {
+		select {
+		case <-client.Done():
+			return
+		case <-tick.C:
+		}
+		now := time.Now()
+		jump := now.Round(0).Sub(told.Round(0)) - now.Sub(told)
+		if now.Sub(told) < interval && jump.Abs() < clockLimit {
+			continue
+		}
+		if err := k.tellTime(ctx, client); err != nil && ctx.Err() == nil {
+			k.log.Warn("telling the shed the time", "err", err)
+		}
+		told = now
+	}
+}
+
+func (k *keeper) tellTime(ctx context.Context, client *agent.Client) error {
+	stream, err := client.Open(ctx)
+	if err != nil {
+		return err
+	}
+	now := agent.Clock{UnixNano: time.Now().UnixNano()}
+	if err := agent.Call(ctx, stream, agent.Request{Clock: &now}); err != nil {
+		return err
+	}
+	return stream.Close()
+}
 
 // connectAgent connects to the agent of a machine that may have been up already, and sets it up.
 func (k *keeper) connectAgent(ctx context.Context, m vm.Machine, resync, up bool) (*agent.Client, error) {

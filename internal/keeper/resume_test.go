@@ -34,7 +34,7 @@ func TestResume(t *testing.T) {
 		if err := <-watched; !errors.Is(err, ErrNotRunning) {
 			t.Fatalf("Watch: %v, want ErrNotRunning", err)
 		}
-		if !(fakeDriver{}).Running(b.run) {
+		if !running(b.run) {
 			t.Fatal("the machine ended with its keeper")
 		}
 		// Several may notice.
@@ -68,14 +68,10 @@ func TestResume(t *testing.T) {
 func TestResumeWithoutAgent(t *testing.T) {
 	t.Parallel()
 	b := newBox(t)
-	cfg := config(wellBehaved)
-	cfg.BootTimeout = 10 * time.Second
-	c := b.start(cfg)
-	if err := c.Ready(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	c := b.startUp(wellBehaved)
 	b.endAgent(c)
 	b.killKeeper()
+	cfg := config(wellBehaved)
 	cfg.BootTimeout = time.Millisecond
 	b.writeConfig(record{Config: cfg, Program: os.Args[0]})
 	c, err := Resume(t.Context(), os.Args[0], b.dir, fakeDriver{})
@@ -98,7 +94,7 @@ func TestResumeOfWhatHasEnded(t *testing.T) {
 	if err := (fakeMachine{b.run}).Kill(); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.replace(); err != nil {
+	if err := c.replace(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	for {
@@ -118,6 +114,76 @@ func TestResumeOfWhatHasEnded(t *testing.T) {
 	b.wantBoots(1)
 }
 
+// Where it can't be told whether something runs, nobody may take it for ended.
+func TestNobodyKnowsWhetherItRuns(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	c := b.startUp(wellBehaved)
+	b.killKeeper()
+	lock := filepath.Join(b.run, lockFile)
+	if err := errors.Join(os.Rename(lock, lock+".saved"), os.Symlink(lock, lock)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Find(b.dir); !errors.Is(err, syscall.ELOOP) {
+		t.Errorf("Find: %v", err)
+	}
+	if _, err := c.Stop(t.Context(), 0); !errors.Is(err, syscall.ELOOP) {
+		t.Errorf("Stop: %v", err)
+	}
+	if err := os.Rename(lock+".saved", lock); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Resume(t.Context(), os.Args[0], b.dir, blindDriver{}); !errors.Is(err, errBlind) {
+		t.Errorf("Resume: %v, want %v", err, errBlind)
+	}
+	// A keeper that can't see it leaves it alone.
+	cfg := config(wellBehaved)
+	cfg.Driver = "blind"
+	b.writeConfig(record{Config: cfg})
+	c, err := Resume(t.Context(), os.Args[0], b.dir, fakeDriver{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.waitEnd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if exit, ok := LastExit(b.dir); ok || !running(b.run) {
+		t.Errorf("exit %+v; the machine runs: %v", exit, running(b.run))
+	}
+	b.writeConfig(record{Config: config(wellBehaved)})
+	if c, err = Resume(t.Context(), os.Args[0], b.dir, fakeDriver{}); err != nil {
+		t.Fatal(err)
+	}
+	b.echo(c)
+	b.stop(c, time.Minute, "")
+}
+
+// What an agent says again and again, and at length, is no way to fill the host's disk.
+func TestAgentThatRefusesForGood(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	b.startUp(refusesLater)
+	b.killKeeper()
+	c, err := Resume(t.Context(), os.Args[0], b.dir, fakeDriver{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		if fi, err := os.Stat(filepath.Join(b.run, refusals)); err == nil && fi.Size() > 3 {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	log, err := os.ReadFile(filepath.Join(b.run, logFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(log), "there is no disk"); n != 1 || len(log) > 10_000 {
+		t.Errorf("%d times, in %d bytes", n, len(log))
+	}
+	b.stop(c, 0, "by force")
+}
+
 // A record that can't be read is an error, and no reason to end what runs.
 func TestDamagedRecords(t *testing.T) {
 	t.Parallel()
@@ -134,7 +200,7 @@ func TestDamagedRecords(t *testing.T) {
 			t.Errorf("Stop with %q: %v", content, err)
 		}
 	}
-	if !(fakeDriver{}).Running(b.run) {
+	if !running(b.run) {
 		t.Fatal("the machine has ended")
 	}
 	// A driver that the keeper doesn't know ends it, and the machine runs on.
@@ -145,8 +211,8 @@ func TestDamagedRecords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Ready(t.Context()); !errors.Is(err, ErrNotRunning) {
-		t.Errorf("Ready: %v, want ErrNotRunning", err)
+	if err := c.Ready(t.Context()); err == nil || !strings.Contains(err.Error(), `there is no driver "other"`) {
+		t.Errorf("Ready: %v", err)
 	}
 	b.writeConfig(record{Config: config(wellBehaved)})
 	if c, err = Resume(t.Context(), os.Args[0], b.dir, fakeDriver{}); err != nil {
@@ -170,7 +236,7 @@ func TestStopWithAFrozenKeeper(t *testing.T) {
 			t.Parallel()
 			b := newBox(t)
 			c := b.startUp(wellBehaved)
-			b.freezeKeeper()
+			b.freeze(b.keeperPID())
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 			defer cancel()
 			if _, err := c.Open(ctx); !errors.Is(err, context.DeadlineExceeded) {
@@ -187,15 +253,18 @@ func TestStopWithAFrozenKeeper(t *testing.T) {
 				}
 				watched <- err
 			}()
-			b.stopBy(c.Stop, tt.grace, tt.words)
+			forced, err := c.Stop(t.Context(), tt.grace)
+			if err != nil {
+				t.Fatalf("Stop: %v", err)
+			}
+			// The watcher may only come now, or have come while the machine was ending; then its keeper has nothing to keep.
 			if err := <-watched; err != nil {
 				t.Errorf("the watcher: %v", err)
 			}
-			// It may have come while the machine was ending; then its keeper has nothing to keep.
 			if err := c.waitEnd(t.Context()); err != nil {
 				t.Error(err)
 			}
-			b.nothingRuns()
+			b.ended(forced, tt.words)
 			b.wantBoots(1)
 		})
 	}
@@ -205,10 +274,13 @@ func TestStopWithAFrozenKeeper(t *testing.T) {
 func TestStopWithAKilledKeeper(t *testing.T) {
 	t.Parallel()
 	b := newBox(t)
-	c := b.startUp(ignoresOff)
+	c := b.startUp(ignoresOffOnce)
 	stopped := make(chan error, 1)
 	go func() {
-		_, err := c.Stop(t.Context(), time.Second)
+		forced, err := c.Stop(t.Context(), time.Hour)
+		if err == nil && forced != "" {
+			err = errors.New(forced)
+		}
 		stopped <- err
 	}()
 	for !exists(filepath.Join(b.run, askedOff)) {
@@ -221,7 +293,7 @@ func TestStopWithAKilledKeeper(t *testing.T) {
 	b.nothingRuns()
 }
 
-// Only the process that has the lock is the keeper: not who has its file open, nor who is where its pid was.
+// Only the process that has the lock is the keeper: not who has its file open.
 func TestOnlyTheKeeperIsKilled(t *testing.T) {
 	t.Parallel()
 	b := newBox(t)
@@ -240,25 +312,18 @@ func TestOnlyTheKeeperIsKilled(t *testing.T) {
 		other.Process.Kill()
 		other.Wait()
 	}()
-	fi, err := lock.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if holdsLock(other.Process.Pid, fi) || holdsLock(os.Getpid(), fi) || !holdsLock(b.keeperPID(), fi) {
-		t.Error("the keeper is mistaken")
-	}
 	for range 2 { // the second time there is none
 		if err := killKeeper(b.run); err != nil {
 			t.Error(err)
 		}
-		if locked(b.run) {
+		if b.hasKeeper() {
 			t.Error("the lock is held still")
 		}
 	}
 	if err := other.Process.Signal(syscall.Signal(0)); err != nil {
 		t.Errorf("another process was ended: %v", err)
 	}
-	if !(fakeDriver{}).Running(b.run) {
+	if !running(b.run) {
 		t.Error("the machine was ended")
 	}
 

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
 )
 
@@ -30,9 +31,10 @@ type stop struct {
 }
 
 type reply struct {
-	Error  string `json:"error,omitempty"`
-	Exit   *Exit  `json:"exit,omitempty"`
-	Forced string `json:"forced_because,omitempty"` // why a Stop ended the machine by force
+	Error  string    `json:"error,omitempty"`
+	Code   shed.Code `json:"code,omitempty"` // of the error, if the agent gave it one
+	Exit   *Exit     `json:"exit,omitempty"`
+	Forced string    `json:"forced_because,omitempty"` // why a Stop ended the machine by force
 }
 
 // serve answers requests until l is closed, with a goroutine of wg for each. When ctx is done,
@@ -63,7 +65,7 @@ func (k *keeper) answer(conn net.Conn) {
 		<-k.ready
 		k.mu.Lock()
 		if k.bootErr != nil {
-			r.Error = k.bootErr.Error()
+			r.Error, r.Code = k.bootErr.Error(), agent.ReplyCode(k.bootErr)
 		}
 		k.mu.Unlock()
 	case req.Watch:
@@ -137,6 +139,25 @@ func (k *keeper) stop(grace time.Duration) (forced string) {
 	}
 	<-k.ended
 	return forced
+}
+
+// shutdownGrace is less than the 90 seconds after which systemd kills what a host's shutdown hasn't ended.
+const shutdownGrace = 60 * time.Second
+
+// stopWhenDone stops the machine when ctx is done, and returns when it has ended.
+func (k *keeper) stopWhenDone(ctx context.Context) {
+	select {
+	case <-k.ended:
+		return
+	case <-ctx.Done():
+	}
+	k.mu.Lock()
+	k.signaled = !k.asked
+	k.mu.Unlock()
+	k.log.Info("told to end: the machine is shut down")
+	if forced := k.stop(shutdownGrace); forced != "" {
+		k.log.Warn("the machine was told to shut down", "forced", forced)
+	}
 }
 
 // askPowerOff returns when the shed has been asked to power off.

@@ -80,12 +80,9 @@ type Bundle struct {
 }
 
 // Kernel returns the path of the uncompressed kernel: on x86 an ELF file with a PVH
-// entry point, on arm64 an Image. If the package's kernel couldn't be unpacked it is the one
-// that VMLinuz returns.
+// entry point, on arm64 an Image. If the package's kernel couldn't be unpacked it is that one: on
+// x86 a bzImage.
 func (b *Bundle) Kernel() string { return filepath.Join(b.dir, b.kernel) }
-
-// VMLinuz returns the path of the kernel as it is in the package: on x86 a bzImage.
-func (b *Bundle) VMLinuz() string { return filepath.Join(b.dir, vmlinuzFile) }
 
 // Modules returns the path of a read-only ext4 image of /lib/modules/RELEASE.
 func (b *Bundle) Modules() string { return filepath.Join(b.dir, modulesFile) }

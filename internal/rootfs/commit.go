@@ -25,9 +25,16 @@ func CreateTemp(path string) (*os.File, error) {
 // Commit makes the open temporary file f the file at path, with the given
 // mode: it syncs f, closes it, renames it over whatever is at path and syncs
 // the directory. f must be on the same file system as path. Where it fails, f is
-// closed and removed, and what was at path is still there.
+// closed and removed, and what was at path is still there, unless it is the directory's sync, the last step, that
+// fails.
 func Commit(f *os.File, path string, mode fs.FileMode) error {
-	err := f.Chmod(mode)
+	// What can't be opened is to fail before the rename.
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return errors.Join(err, discard(f))
+	}
+	defer dir.Close()
+	err = f.Chmod(mode)
 	if err == nil {
 		err = f.Sync()
 	}
@@ -40,7 +47,7 @@ func Commit(f *os.File, path string, mode fs.FileMode) error {
 	if err != nil {
 		return errors.Join(NoSpace(err, path), os.Remove(f.Name()))
 	}
-	return Sync(filepath.Dir(path))
+	return dir.Sync()
 }
 
 // discard closes and removes a temporary file that is not going to be committed.

@@ -81,8 +81,12 @@ func Open(path string) (*Dir, error) {
 	}
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		lock.Close()
-		return nil, shed.Errorf(shed.CodeConflict, "another shed-server uses %s", path).
-			WithHint("stop it first, or give this one another state_dir")
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, shed.Errorf(shed.CodeConflict, "another shed-server uses %s", path).
+				WithHint("stop it first, or give this one another state_dir")
+		}
+		return nil, shed.Errorf(shed.CodeInvalid, "the state directory %s can't be locked: %w", path, err).
+			WithHint("set state_dir to a directory on a file system that has locks")
 	}
 	d := &Dir{path: path, lock: lock}
 	if err := d.checkVersion(); err != nil {
@@ -194,11 +198,11 @@ func (d *Dir) Create(r Record) error {
 	if err != nil {
 		return rootfs.NoSpace(err, dir)
 	}
-	if err := rootfs.Sync(d.Path("sheds")); err != nil {
-		return err
+	if err = rootfs.Sync(d.Path("sheds")); err == nil {
+		err = d.Save(r)
 	}
-	if err := d.Save(r); err != nil {
-		return errors.Join(err, os.Remove(dir))
+	if err != nil { // even where the record is there
+		return errors.Join(err, os.RemoveAll(dir))
 	}
 	return nil
 }

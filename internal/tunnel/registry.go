@@ -21,10 +21,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/userfile"
 )
 
 const (
-	lockFile = "lock"
 	// tempPrefix begins the names of records that are being written, which the lock's holder alone does.
 	tempPrefix = ".tmp-"
 
@@ -64,22 +64,11 @@ func (r *Registry) lock(ctx context.Context) (unlock func(), err error) {
 	if err := r.mkdir(); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(filepath.Join(r.dir, lockFile), os.O_CREATE|os.O_RDWR, 0o600)
+	unlock, err = userfile.Lock(ctx, r.dir)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("the tunnels' records: %w", err)
 	}
-	err = poll(ctx, func() (bool, error) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return false, nil
-		}
-		return true, err
-	})
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("the lock of the tunnels' records: %w", err)
-	}
-	return func() { f.Close() }, nil
+	return unlock, nil
 }
 
 // poll calls f until it is done, fails, or ctx is done.

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/porttest"
 )
 
 // claimEnv has the arguments of claimInProcess where this program is to be that.
@@ -128,15 +129,12 @@ func (p *process) kill(t *testing.T) {
 	p.Wait()
 }
 
-// freePort returns a port that nobody listens on.
+// freePort returns a port that nobody listens on, another one each time.
 func freePort(t *testing.T) int {
 	t.Helper()
-	opened, port, err := listen(0)
+	port, err := porttest.Unused()
 	if err != nil {
 		t.Fatal(err)
-	}
-	for _, l := range opened {
-		l.Close()
 	}
 	return port
 }
@@ -155,7 +153,7 @@ func free(t *testing.T, port int) {
 // all chooses all tunnels.
 func all(live []Record) ([]Record, error) { return live, nil }
 
-// left returns the files in a registry's directory besides its lock.
+// left returns the files in a registry's directory.
 func left(t *testing.T, dir string) []string {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -164,9 +162,7 @@ func left(t *testing.T, dir string) []string {
 	}
 	var names []string
 	for _, e := range entries {
-		if e.Name() != lockFile {
-			names = append(names, e.Name())
-		}
+		names = append(names, e.Name())
 	}
 	return names
 }

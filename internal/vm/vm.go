@@ -34,19 +34,23 @@ type Features struct {
 // directory of its own, where the driver keeps its sockets and its records.
 // A machine outlives the process that started it.
 type Driver interface {
-	Name() string
 	Features() Features
 
 	// Start starts a machine and returns when its devices can be connected to. An
-	// error carries what the monitor said. dir exists and holds no running machine.
+	// error carries what the monitor said. dir exists. Where a machine runs in it already, that is an
+	// error, and that one is left alone. A caller that is killed meanwhile leaves a
+	// machine that Find finds, or none.
+	//
+	// An orderly shutdown of the host doesn't end the machine, but for the final SIGKILL: who started it
+	// has the time to have the guest turn itself off.
 	Start(ctx context.Context, dir string, spec Spec) (Machine, error)
 
 	// Find returns the machine that runs in dir, or ErrNotRunning. It does not wait for a
 	// monitor that doesn't answer: such a machine can be killed.
 	Find(ctx context.Context, dir string) (Machine, error)
 
-	// Running says whether a machine runs in dir, without connecting to it.
-	Running(dir string) bool
+	// Running says whether a machine runs in dir, without connecting to it. An error says neither.
+	Running(dir string) (bool, error)
 }
 
 // ErrNotRunning is returned by Driver.Find where no machine runs.

@@ -5,13 +5,14 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/charliek/shed/internal/proclock"
 )
 
 // idle watches what a shed at rest takes: its keeper's and its monitor's share of one
@@ -50,20 +51,16 @@ func (b *bench) idle(watch time.Duration) error {
 
 // pids returns the processes of a shed: QEMU, and the keeper that started it.
 func (b *bench) pids(name string) ([]int, error) {
-	var vmm struct{ PID int }
-	text, err := os.ReadFile(filepath.Join(b.state, "sheds", name, "run", "vmm.json"))
+	vmm, err := proclock.Find(filepath.Join(b.state, "sheds", name, "run", "vmm.lock"), 0)
 	if err != nil {
 		return nil, err
 	}
-	if err := json.Unmarshal(text, &vmm); err != nil {
-		return nil, err
-	}
-	stat, err := statFields(vmm.PID)
+	stat, err := statFields(vmm.PID())
 	if err != nil {
 		return nil, err
 	}
 	keeper, err := strconv.Atoi(stat[1])
-	return []int{vmm.PID, keeper}, err
+	return []int{vmm.PID(), keeper}, err
 }
 
 // statFields are the fields of proc(5)'s stat after the command's name: state first.

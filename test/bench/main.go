@@ -336,7 +336,7 @@ func (b *bench) newFloor() (*floor, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &floor{driver: &qemu.Driver{Binary: binary, Accel: accel}, dir: b.dir, bundle: bundle}
+	f := &floor{driver: &qemu.Driver{Accel: accel}, dir: b.dir, bundle: bundle}
 	f.spec = vm.Spec{CPUs: cpus, MemoryMB: memoryMB, Kernel: bundle.Kernel(), Initrd: filepath.Join(b.dir, "floor.cpio")}
 	return f, writeInitramfs(f.spec.Initrd, tinyInit())
 }

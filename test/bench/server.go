@@ -44,9 +44,13 @@ func startServer(bin, dir, home string) (*server, error) {
 	socket := filepath.Join(dir, "s.sock")
 	config, client := filepath.Join(dir, "server.yaml"), filepath.Join(dir, "config.yaml")
 	s.env = append(os.Environ(), "SHED_CONFIG="+client, "HOME="+home, "SSH_AUTH_SOCK=")
+	key, err := os.ReadFile(filepath.Join(home, ".ssh", "id_ed25519.pub"))
+	if err != nil {
+		return nil, err
+	}
 	files := map[string]string{
-		config: fmt.Sprintf("name: bench\nhttp_port: 0\nssh_port: 0\nsocket: %s\nstate_dir: %s\nenv_file: \"\"\nauth: {authorized_keys_file: %s}\n",
-			socket, s.state, filepath.Join(home, ".ssh", "id_ed25519.pub")),
+		config: fmt.Sprintf("name: bench\nhttp_port: 0\nssh_port: 0\nsocket: %s\nstate_dir: %s\nenv_file: \"\"\nauth: {authorized_keys: [%q]}\n",
+			socket, s.state, strings.TrimSpace(string(key))),
 		client: fmt.Sprintf("servers:\n  bench: {socket: %s}\n", socket),
 	}
 	for file, text := range files {

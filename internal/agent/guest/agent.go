@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
 )
 
@@ -40,6 +41,7 @@ type machine struct {
 	envs    loginEnvs
 
 	commands atomic.Int32 // that are being started or run
+	ahead    atomic.Bool  // the clock seemed to be ahead when the host last told the time
 	accepted agent.Acceptances
 }
 
@@ -109,7 +111,7 @@ func (m *machine) handle(s *agent.Stream) {
 	case req.Setup != nil:
 		err = m.runSetup(*req.Setup)
 	case req.Clock != nil:
-		err = setClock(*req.Clock)
+		err = m.followClock(*req.Clock)
 	case req.PowerOff != nil:
 		err = m.powerOff()
 	case req.KillSession != nil:
@@ -127,6 +129,10 @@ func answer(s *agent.Stream, err error) (goesOn bool) {
 	var reply agent.Reply
 	if err != nil {
 		reply.Error = err.Error()
+		var coded *shed.Error
+		if errors.As(err, &coded) {
+			reply.Code = coded.Code
+		}
 	}
 	if werr := agent.WriteMessage(s, reply); werr != nil {
 		s.Reset()
@@ -136,6 +142,27 @@ func answer(s *agent.Stream, err error) (goesOn bool) {
 		s.Close()
 	}
 	return err == nil
+}
+
+// clockLimit is how far the clock may be off before it is stepped: programs are to see no jitter.
+const clockLimit = 500 * time.Millisecond
+
+// clockIsOff says whether the clock is to be stepped to c. Where the machine was paused, what the host says may have
+// been under way for long, and the clock only seem to be ahead: so that counts if it is said twice in a row. The host
+// has no more than one such request under way.
+func (m *machine) clockIsOff(c agent.Clock) bool {
+	behind := time.Until(time.Unix(0, c.UnixNano))
+	ahead := behind < -clockLimit
+	before := m.ahead.Swap(ahead)
+	return behind > clockLimit || ahead && before
+}
+
+// followClock steps the clock if it is off.
+func (m *machine) followClock(c agent.Clock) error {
+	if !m.clockIsOff(c) {
+		return nil
+	}
+	return setClock(c)
 }
 
 func setClock(c agent.Clock) error {

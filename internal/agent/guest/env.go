@@ -34,23 +34,37 @@ func (a *account) baseEnv(image []string, ofImage bool) environ {
 	return env
 }
 
-// mergePath returns the PATH of a login shell with what the image's PATH has of its own, and it lacks, at the end.
+// mergePath returns the PATH of a login shell with what the image's PATH has of its own, and it lacks: before the
+// system's directories what the image has before them, and the others at the end.
 func mergePath(login, image string) string {
 	entries := filepath.SplitList(login)
-	for _, dir := range ownDirs(image) {
-		if !slices.Contains(entries, dir) {
-			entries = append(entries, dir)
-		}
+	before, after := ownDirs(image)
+	lacking := func(dirs []string) []string {
+		return slices.DeleteFunc(dirs, func(dir string) bool { return slices.Contains(entries, dir) })
 	}
-	return strings.Join(entries, ":")
+	system := slices.IndexFunc(entries, isSystemDir)
+	if system < 0 {
+		system = len(entries)
+	}
+	return strings.Join(slices.Concat(entries[:system], lacking(before), entries[system:], lacking(after)), ":")
 }
 
-// ownDirs returns the directories of an image's PATH that not every system has. Of
-// those that every one has, it is for the login shell to choose.
-func ownDirs(path string) []string {
-	system := filepath.SplitList(defaultPath)
-	return slices.DeleteFunc(filepath.SplitList(path), func(dir string) bool { return dir == "" || slices.Contains(system, dir) })
+// ownDirs returns the directories of an image's PATH that not every system has, those before the first that
+// every one has, and the others. Of those that every one has, it is for the login shell to choose.
+func ownDirs(path string) (before, after []string) {
+	dirs := &before
+	for _, dir := range filepath.SplitList(path) {
+		switch {
+		case isSystemDir(dir):
+			dirs = &after
+		case dir != "" && !slices.Contains(before, dir) && !slices.Contains(after, dir):
+			*dirs = append(*dirs, dir)
+		}
+	}
+	return before, after
 }
+
+func isSystemDir(dir string) bool { return slices.Contains(filepath.SplitList(defaultPath), dir) }
 
 // environ is an environment without repeated names.
 type environ []string
@@ -107,8 +121,9 @@ type loginEnv struct {
 // whoever wants to run a command waits for it.
 const loginRetry = time.Minute
 
-// get returns the environment of a login shell of a that starts with base.
-func (l *loginEnvs) get(a *account, base environ) environ {
+// shellEnv returns the environment of a login shell of a that starts with base.
+func (m *machine) shellEnv(a *account, base environ) environ {
+	l := &m.envs
 	l.mu.Lock()
 	if l.known == nil {
 		l.known = map[loginKey]*loginEnv{}
@@ -127,7 +142,7 @@ func (l *loginEnvs) get(a *account, base environ) environ {
 	if e.env != nil && e.stamp == stamp && (e.until.IsZero() || time.Now().Before(e.until)) {
 		return e.env
 	}
-	env, err := askLoginShell(a, base)
+	env, err := m.askLoginShell(a, base)
 	var until time.Time
 	if err != nil {
 		logf("the login shell of %s: %v", a.name, err)
@@ -163,7 +178,7 @@ func profileStamp(a *account, base environ) string {
 }
 
 // askLoginShell runs the user's login shell to learn its environment.
-func askLoginShell(a *account, base environ) (environ, error) {
+func (m *machine) askLoginShell(a *account, base environ) (environ, error) {
 	if executable(a.shell) != nil || slices.Contains([]string{"nologin", "false", "true"}, filepath.Base(a.shell)) {
 		return base, nil // nobody logs in so
 	}
@@ -178,15 +193,16 @@ func askLoginShell(a *account, base environ) (environ, error) {
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: a.credential(), Setsid: true}
 	cmd.WaitDelay = time.Second
-	var out bytes.Buffer
-	cmd.Stdout = &out
-	if err := startCommand(cmd.Start); err != nil {
+	out := &limitedBuffer{}
+	cmd.Stdout = out
+	if err := m.startInCgroup(cmd, cmd.Start); err != nil {
 		return nil, err
 	}
-	if err := cmd.Wait(); err != nil {
+	// What a profile has left running may hold the output; the shell itself has ended well then.
+	if err := cmd.Wait(); err != nil && !errors.Is(err, exec.ErrWaitDelay) {
 		return nil, err
 	}
-	_, after, ok := bytes.Cut(out.Bytes(), []byte(mark))
+	_, after, ok := bytes.Cut(out.b.Bytes(), []byte(mark))
 	if !ok {
 		return nil, errors.New("it ran no command")
 	}

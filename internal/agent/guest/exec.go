@@ -31,6 +31,9 @@ const (
 func (m *machine) exec(s *agent.Stream, c shed.Command) {
 	m.commands.Add(1)
 	defer m.commands.Add(-1)
+	if c.Attach != nil && !answer(s, m.checkAttach(*c.Attach)) {
+		return
+	}
 	frames := agent.NewFrameWriter(s)
 	input := make(chan error, 1) // has a value when nothing more comes from the client
 	var status shed.ExitStatus
@@ -112,20 +115,34 @@ func (m *machine) startInCgroup(cmd *exec.Cmd, start func() error) error {
 // is never: without it nobody gets at the shed any more.
 const oomFile = "/proc/self/oom_score_adj"
 
-var startMu sync.Mutex
+// starting is locked while a process is started.
+var starting struct {
+	sync.Mutex
+	oom    *os.File // oomFile, which stays open: it is needed where no other file can be opened any more
+	spared []byte   // what it says between starts
+}
 
 // startCommand calls start, which starts a process that must not inherit how the agent is spared.
 func startCommand(start func() error) error {
-	startMu.Lock()
-	defer startMu.Unlock()
-	spared, err := os.ReadFile(oomFile)
-	if err != nil {
+	s := &starting
+	s.Lock()
+	defer s.Unlock()
+	if s.oom == nil {
+		f, err := os.OpenFile(oomFile, os.O_RDWR, 0)
+		if err != nil {
+			return err
+		}
+		spared, err := io.ReadAll(f)
+		if err != nil {
+			f.Close()
+			return err
+		}
+		s.oom, s.spared = f, spared
+	}
+	if _, err := s.oom.WriteAt([]byte("0"), 0); err != nil {
 		return err
 	}
-	if err := os.WriteFile(oomFile, []byte("0"), 0); err != nil {
-		return err
-	}
-	defer os.WriteFile(oomFile, spared, 0)
+	defer s.oom.WriteAt(s.spared, 0)
 	return start()
 }
 
@@ -215,7 +232,7 @@ func (m *machine) command(c shed.Command) (*exec.Cmd, error) {
 
 // loginEnv returns the environment of programs that a runs: that of its login shell, with the image's PATH.
 func (m *machine) loginEnv(a *account, base environ, img agent.Image) environ {
-	env := m.envs.get(a, base)
+	env := m.shellEnv(a, base)
 	return env.with("PATH=" + mergePath(env.get("PATH"), environ(img.Env).get("PATH")))
 }
 

@@ -30,6 +30,13 @@ func TestMain(m *testing.M) {
 	if os.Args[0] == sftpName || os.Args[0] == sessionName { // the agent starts itself
 		Main()
 	}
+	if run, ok := helpers[os.Args[0]]; ok {
+		if err := run(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGTERM, unix.SIGPIPE)
 	os.Exit(m.Run())
 }
@@ -92,7 +99,7 @@ func startAsIs(t *testing.T, c *agent.Client, cmd shed.Command) shed.Process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := agent.WriteMessage(s, agent.Request{Exec: &cmd}); err != nil {
+	if err := agent.Exec(t.Context(), s, cmd); err != nil {
 		t.Fatal(err)
 	}
 	p := agent.NewProcess(s)
@@ -437,7 +444,7 @@ func TestExecHangsUpWhenTheClientGoes(t *testing.T) {
 			note := filepath.Join(t.TempDir(), "hup")
 			script := "echo $$; " + tt.script
 			if tt.script == loop {
-				script = "trap 'echo x > " + note + "; exit' HUP; " + script
+				script = "trap 'echo x > " + note + "; exit' HUP; trap '' TERM; " + script
 			}
 			cmd := sh(script)
 			if tt.tty {

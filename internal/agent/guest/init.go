@@ -147,12 +147,28 @@ func copyFile(src *os.File, to string, mode os.FileMode) error {
 	return dst.Close()
 }
 
+// How many descriptors a process may have: as systemd has it for services.
+const softFiles, hardFiles = 1024, 512 << 10
+
+// limitFiles sets how many descriptors what is started from here on may have. The kernel's limit would be too low for the
+// agent, which needs one for each forwarded connection, and some beside to start commands with. In a Go program, as it
+// is, package syscall raises the soft limit to the hard one, and gives what it starts the soft one again.
+func limitFiles(soft, hard uint64) error {
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: soft, Max: hard}); err != nil {
+		return fmt.Errorf("raising the limit of open files: %w", err)
+	}
+	return nil
+}
+
 // startAgent starts the agent, in a cgroup of its own that systemd leaves alone.
 func startAgent(ready, entered *os.File) (pid int, err error) {
 	for _, dir := range []string{agentCgroup, userCgroup} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return 0, err
 		}
+	}
+	if err := limitFiles(softFiles, hardFiles); err != nil {
+		return 0, err
 	}
 	cgroup, err := os.Open(agentCgroup)
 	if err != nil {

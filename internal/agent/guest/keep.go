@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/charmbracelet/x/ansi"
 	"golang.org/x/sys/unix"
 
 	"github.com/charliek/shed"
@@ -183,12 +184,28 @@ func (k *keeper) run(l *keptListener, first net.Conn) error {
 func (k *keeper) draw(b []byte) {
 	// A line that scrolls a large screen takes long: nobody else who needs the screen is to wait for many of them.
 	for len(b) > 0 {
-		n := min(len(b), drawnAtOnce)
-		if end := bytes.LastIndexByte(b[:n], '\n'); n < len(b) && end >= 0 {
-			n = end + 1 // where no character is torn
-		}
+		n := partOf(b)
 		k.drawPart(b[:n])
 		b = b[n:]
+	}
+}
+
+// partOf returns how much of b is drawn at once: it ends with a line or, where that is too long, with a character.
+func partOf(b []byte) int {
+	if len(b) <= drawnAtOnce {
+		return len(b)
+	}
+	if end := bytes.LastIndexByte(b[:drawnAtOnce], '\n'); end >= 0 {
+		return end + 1
+	}
+	n := 0
+	for {
+		char, _ := ansi.FirstGraphemeCluster(b[n:], ansi.GraphemeWidth)
+		next := n + max(len(char), 1)
+		if n > 0 && next > drawnAtOnce {
+			return n
+		}
+		n = next
 	}
 }
 

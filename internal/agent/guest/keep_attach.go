@@ -34,9 +34,13 @@ func listenKept(dir, name string) (*keptListener, error) {
 	}
 	defer unlock()
 	path := filepath.Join(dir, name)
-	if conn, err := net.Dial("unix", path); err == nil {
+	conn, err := dialKept(dir, name)
+	if err == nil {
 		conn.Close()
 		return nil, errors.New(keptTaken)
+	}
+	if !errors.Is(err, errNotKept) {
+		return nil, err
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -46,6 +50,19 @@ func listenKept(dir, name string) (*keptListener, error) {
 		return nil, err
 	}
 	return &keptListener{l, dir}, nil
+}
+
+// errNotKept says that there is no such session.
+var errNotKept = errors.New("nobody keeps the session")
+
+// dialKept connects to the process of a session. Only errNotKept means that there is none: another may
+// come of a lack of memory or descriptors, or of a process that is busy.
+func dialKept(dir, name string) (net.Conn, error) {
+	conn, err := net.Dial("unix", filepath.Join(dir, name))
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
+		return nil, errNotKept
+	}
+	return conn, err
 }
 
 func (l *keptListener) close() error {
@@ -152,8 +169,10 @@ func showKept(conn net.Conn, name string, signals, resized <-chan os.Signal) (co
 func connectKept(dir, name string, mode shed.AttachMode) (net.Conn, error) {
 	const tries = 10 // a session may end, or be made by another, in the moment that it is looked for
 	for range tries {
-		conn, err := net.Dial("unix", filepath.Join(dir, name))
+		conn, err := dialKept(dir, name)
 		switch {
+		case err != nil && !errors.Is(err, errNotKept):
+			return nil, fmt.Errorf("attaching to the session %s: %w", name, err)
 		case err == nil && mode == shed.AttachNew:
 			conn.Close()
 			return nil, fmt.Errorf("duplicate session: %s", name)

@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -87,16 +88,14 @@ func TestKeptOutlivesConnection(t *testing.T) {
 func TestKeptModes(t *testing.T) {
 	c := newSessionShed(t)
 	endSession(t, c, "s")
-	none := attachTo(t, c, "s", shed.AttachJoin, false)
-	if raw, status := none.end(); status.Code != 1 || !strings.Contains(raw, "can't find session") {
-		t.Errorf("%+v %q", status, raw)
+	if code := refusedAttach(t, c, "s", shed.AttachJoin); code != shed.CodeNoSession {
+		t.Errorf("%q", code)
 	}
 	one := attachTo(t, c, "s", shed.AttachNew, false)
 	one.typeIn("echo $((40+2))\n")
 	one.await("42")
-	again := attachTo(t, c, "s", shed.AttachNew, false)
-	if raw, status := again.end(); status.Code != 1 || !strings.Contains(raw, "duplicate session") {
-		t.Errorf("%+v %q", status, raw)
+	if code := refusedAttach(t, c, "s", shed.AttachNew); code != shed.CodeConflict {
+		t.Errorf("%q", code)
 	}
 	one.detach()
 }
@@ -168,8 +167,8 @@ func TestKeptKill(t *testing.T) {
 	if _, status := term.end(); status.Code != 0 {
 		t.Errorf("%+v", status)
 	}
-	if err := killSession(t, c, "s"); err == nil {
-		t.Error("a session that isn't there was killed")
+	if err := killSession(t, c, "s"); agent.ReplyCode(err) != shed.CodeNoSession {
+		t.Errorf("killing a session that isn't there: %v", err)
 	}
 	if s := sessionsOf(t, c); len(s) != 0 {
 		t.Errorf("%+v", s)
@@ -304,5 +303,71 @@ func TestDrawInParts(t *testing.T) {
 	k.draw([]byte(text))
 	if got, want := textOf(k.screen), textOf(whole); got != want || !strings.Contains(want, "|") {
 		t.Errorf("in parts\n%s\nat once\n%s", got, want)
+	}
+}
+
+// Where nobody can connect to a session's process for now, the session is there all the same.
+func TestKeptBusy(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "s")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Listen(fd, 1); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		conn, err := net.Dial("unix", path)
+		if errors.Is(err, unix.EAGAIN) {
+			break // that was too many
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+	}
+	u := &sessionUser{kept: dir}
+	if there, err := u.hasKept("s"); there || !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("hasKept: %v, %v", there, err)
+	}
+	if s := u.keptSession("s"); s == nil || s.Name != "s" {
+		t.Errorf("it is listed as %+v", s)
+	}
+	if conn, err := connectKept(dir, "s", shed.AttachAny); !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("connectKept: %v, %v", conn, err)
+	}
+	if l, err := listenKept(dir, "s"); !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("listenKept: %v, %v", l, err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Errorf("its socket: %v", err)
+	}
+}
+
+// What is drawn in parts looks as if it had been drawn at once.
+func TestPartsTearNoCharacter(t *testing.T) {
+	for _, char := range []string{"\u00e9", "\u4e16", "\U0001f44d", "e\u0301", "\U0001f469\u200d\U0001f4bb"} {
+		for offset := range len(char) {
+			text := strings.Repeat("a", offset) + strings.Repeat(char, 600)
+			size := shed.Size{Rows: 100, Cols: 79}
+			k := &keeper{screen: newScreen(size, func([]byte) {})}
+			k.draw([]byte(text))
+			whole := newScreen(size, func([]byte) {})
+			whole.write([]byte(text))
+			if got, want := textOf(k.screen), textOf(whole); got != want {
+				t.Errorf("%q after %d bytes: %q, want %q", char, offset, got, want)
+			}
+			k.screen.close()
+			whole.close()
+		}
+	}
+	long := "e" + strings.Repeat("\u0301", drawnAtOnce)
+	if n := partOf([]byte(long + "e")); n != len(long) {
+		t.Errorf("%d bytes of a character of %d", n, len(long))
 	}
 }

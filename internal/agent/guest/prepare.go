@@ -330,28 +330,36 @@ func (c *changes) addRights() error {
 	return nil
 }
 
-// addPath has login shells, those that programs start too, add to their PATH what the image's has of its own:
-// /etc/profile usually sets PATH without looking at what it was, and reads this file then.
+// addPath has login shells, those that programs start too, add to their PATH what the image's has of its own, where
+// the image has it: /etc/profile usually sets PATH without looking at what it was, and reads this file then.
 func (c *changes) addPath(path string) error {
-	dirs := ownDirs(path)
-	if len(dirs) == 0 || !c.isDir("etc/profile.d") {
+	before, after := ownDirs(path)
+	if len(before)+len(after) == 0 || !c.isDir("etc/profile.d") {
 		return nil
 	}
-	const script = `# What the PATH of the image's configuration has, and /etc/profile leaves out.
-for dir_shed in %s; do
-	case ":$PATH:" in
-	*":$dir_shed:"*) ;;
-	*) PATH=$PATH:$dir_shed ;;
-	esac
-done
-unset dir_shed
-export PATH
-`
+	slices.Reverse(before) // the last one that is put in front is the first
+	script := "# What the PATH of the image's configuration has, and /etc/profile leaves out.\n" +
+		addDirs(before, "$dir_shed:$PATH") + addDirs(after, "$PATH:$dir_shed") +
+		"unset dir_shed\nexport PATH\n"
+	return c.putNew("etc/profile.d/zz-shed-path.sh", script, 0o644)
+}
+
+// addDirs returns a shell script that sets PATH to value, in which $dir_shed is one of dirs, for each that it lacks.
+func addDirs(dirs []string, value string) string {
+	if len(dirs) == 0 {
+		return ""
+	}
 	var quoted []string
 	for _, dir := range dirs {
 		quoted = append(quoted, "'"+strings.ReplaceAll(dir, "'", `'\''`)+"'")
 	}
-	return c.putNew("etc/profile.d/zz-shed-path.sh", fmt.Sprintf(script, strings.Join(quoted, " ")), 0o644)
+	return fmt.Sprintf(`for dir_shed in %s; do
+	case ":$PATH:" in
+	*":$dir_shed:"*) ;;
+	*) PATH=%s ;;
+	esac
+done
+`, strings.Join(quoted, " "), value)
 }
 
 // putNew is put unless there is such a file.

@@ -182,9 +182,9 @@ func TestPreparePath(t *testing.T) {
 	prepare(t, root, agent.Image{Env: []string{"PATH=/usr/local/go/bin:/usr/bin:/opt/it's $HOME"}})
 	script := root + "/etc/profile.d/zz-shed-path.sh"
 	for before, want := range map[string]string{
-		"/usr/bin:/bin":               "/usr/bin:/bin:/usr/local/go/bin:/opt/it's $HOME",
+		"/usr/bin:/bin":               "/usr/local/go/bin:/usr/bin:/bin:/opt/it's $HOME",
 		"/usr/local/go/bin:/usr/bin":  "/usr/local/go/bin:/usr/bin:/opt/it's $HOME",
-		"/x/usr/local/go/bin:/go/bin": "/x/usr/local/go/bin:/go/bin:/usr/local/go/bin:/opt/it's $HOME",
+		"/x/usr/local/go/bin:/go/bin": "/usr/local/go/bin:/x/usr/local/go/bin:/go/bin:/opt/it's $HOME",
 	} {
 		cmd := exec.Command("/bin/sh", "-euc", `PATH=$1; . "$2"; printf %s "$PATH ${dir_shed-}"`, "sh", before, script)
 		out, err := cmd.CombinedOutput()

@@ -177,49 +177,6 @@ func TestDiskName(t *testing.T) {
 	}
 }
 
-func TestReplaceIfOther(t *testing.T) {
-	dir := t.TempDir()
-	target, file := dir+"/target", dir+"/file"
-	if err := os.WriteFile(target, []byte("outside"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(target, file); err != nil {
-		t.Fatal(err)
-	}
-	check := func(what string) {
-		t.Helper()
-		b, err := os.ReadFile(file)
-		if err != nil || string(b) != "new" {
-			t.Errorf("%s: %q, %v", what, b, err)
-		}
-	}
-	if err := replaceIfOther(file, "new"); err != nil {
-		t.Fatal(err)
-	}
-	check("a link")
-	if b, err := os.ReadFile(target); err != nil || string(b) != "outside" {
-		t.Errorf("what the link led to: %q, %v", b, err)
-	}
-	before, err := os.Stat(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := replaceIfOther(file, "new"); err != nil {
-		t.Fatal(err)
-	}
-	check("the same content")
-	if after, err := os.Stat(file); err != nil || !after.ModTime().Equal(before.ModTime()) {
-		t.Error("it was written though it had the content")
-	}
-	if err := os.WriteFile(file, []byte("older and longer"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := replaceIfOther(file, "new"); err != nil {
-		t.Fatal(err)
-	}
-	check("another content")
-}
-
 // This system's own mounts, and what only others have.
 func TestMounts(t *testing.T) {
 	found := false
@@ -339,10 +296,10 @@ func TestLoginEnvironment(t *testing.T) {
 	}
 	count := home + "/count"
 	profile("echo noise; echo noise >&2; echo x >> " + count + "; export MINE='a\nb=c'; PATH=$PATH:/mine; cd /")
-	var l loginEnvs
+	m := &machine{}
 	base := a.baseEnv(nil, false).with("SHED_NAME=box")
 	for range 3 {
-		env := l.get(a, base)
+		env := m.shellEnv(a, base)
 		if env.get("MINE") != "a\nb=c" || !strings.HasSuffix(env.get("PATH"), ":/mine") || env.get("SHED_NAME") != "box" {
 			t.Fatalf("%q", env)
 		}
@@ -356,18 +313,18 @@ func TestLoginEnvironment(t *testing.T) {
 		t.Errorf("the shell was asked %d times, not once (%v)", len(b)/2, err)
 	}
 	profile("export MINE=changed # and of another size")
-	if v := l.get(a, base).get("MINE"); v != "changed" {
+	if v := m.shellEnv(a, base).get("MINE"); v != "changed" {
 		t.Errorf("after a change of the profile: %q", v)
 	}
-	if v := l.get(a, base.with("SHED_NAME=other")).get("SHED_NAME"); v != "other" {
+	if v := m.shellEnv(a, base.with("SHED_NAME=other")).get("SHED_NAME"); v != "other" {
 		t.Errorf("with another base: %q", v)
 	}
 	profile("exit 3 # a profile that keeps everybody out")
-	if got := l.get(a, base); !slices.Equal(got, base) {
+	if got := m.shellEnv(a, base); !slices.Equal(got, base) {
 		t.Errorf("where the shell fails: %q, want the base", got)
 	}
 	gone := &account{name: "gone", home: home, shell: home + "/none"}
-	if got := l.get(gone, base); !slices.Equal(got, base) {
+	if got := m.shellEnv(gone, base); !slices.Equal(got, base) {
 		t.Errorf("where there is no shell: %q, want the base", got)
 	}
 }

@@ -10,10 +10,12 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/charliek/shed"
 	"github.com/charliek/shed/internal/agent"
 )
 
@@ -34,9 +36,11 @@ const (
 func (m *machine) runSetup(s agent.Setup) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	err := setClock(s.Clock)
+	var err error
 	if m.setup == nil {
-		err = errors.Join(err, unix.Sethostname([]byte(s.Hostname)), m.enterRoot(s))
+		err = errors.Join(setClock(s.Clock), unix.Sethostname([]byte(s.Hostname)), m.enterRoot(s))
+	} else {
+		err = m.followClock(s.Clock)
 	}
 	if err != nil {
 		return err
@@ -71,7 +75,7 @@ func (m *machine) warmUp(s agent.Setup) {
 	go func() {
 		defer close(done)
 		if a, base, err := commandUser(s, "", true); err == nil {
-			m.envs.get(a, base)
+			m.shellEnv(a, base)
 		}
 	}()
 	select {
@@ -97,8 +101,12 @@ func (m *machine) enterRoot(s agent.Setup) error {
 	defer own.Close()
 	moved := make(chan error, 1)
 	go func() { moved <- moveModules() }()
-	if err := errors.Join(writeIdentity(s), keepTmp(), maskUnits(), <-moved); err != nil {
+	if err := errors.Join(keepTmp(), maskUnits(), <-moved); err != nil {
 		return err
+	}
+	// Whatever is wrong with these, such as a full disk, is put right in the shed.
+	if err := writeIdentity(sysroot, "/run", s); err != nil {
+		logf("writing the host's name and name server: %v", err)
 	}
 	root, err := unix.Open(sysroot, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -134,7 +142,7 @@ func assembleRoot(layers int) (own *os.Root, err error) {
 	wg.Go(func() {
 		// A sparse file is to stay one: what is deleted is given back, and inode tables are not filled in.
 		if err := mountDisk(upperDisk, upper, 0, "discard,noinit_itable"); err != nil {
-			errs[upperDisk] = fmt.Errorf("mounting the upper: %w", err)
+			errs[upperDisk] = shed.Errorf(agent.CodeUpper, "mounting the upper: %w", err)
 			return
 		}
 		for _, dir := range []string{"upper", "work"} {
@@ -156,7 +164,7 @@ func assembleRoot(layers int) (own *os.Root, err error) {
 		lower = append([]string{dir}, lower...) // overlayfs wants the top first
 		wg.Go(func() {
 			if err := mountDisk(firstLayer+i, dir, unix.MS_RDONLY, ""); err != nil {
-				errs[firstLayer+i] = fmt.Errorf("mounting layer %d of %d: %w", i+1, layers, err)
+				errs[firstLayer+i] = shed.Errorf(agent.CodeLayer, "mounting layer %d of %d: %w", i+1, layers, err)
 			}
 		})
 	}
@@ -292,17 +300,22 @@ func diskName(i int) string {
 	return "/dev/vd" + name
 }
 
-// writeIdentity gives the root file system its host name and where to ask for others'.
-// What a user made of these files stays: only what is missing is written.
-func writeIdentity(s agent.Setup) error {
-	etc := sysroot + "/etc"
+// writeIdentity gives the root file system its host name, at each boot, and where to ask for others'
+// unless it says that itself. run is the /run that it gets.
+func writeIdentity(root, run string, s agent.Setup) error {
+	etc := root + "/etc"
 	if err := os.MkdirAll(etc, 0o755); err != nil {
 		return err
 	}
-	if err := replaceIfOther(etc+"/hostname", s.Hostname+"\n"); err != nil {
-		return err
-	}
-	hosts, err := os.ReadFile(etc + "/hosts")
+	return errors.Join(
+		replaceIfOther(etc+"/hostname", s.Hostname+"\n"),
+		writeHosts(etc+"/hosts", s.Hostname),
+		writeResolvConf(etc+"/resolv.conf", run, s.Network.DNS),
+	)
+}
+
+func writeHosts(path, hostname string) error {
+	hosts, err := os.ReadFile(path)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -310,19 +323,34 @@ func writeIdentity(s agent.Setup) error {
 	if !strings.Contains(text, "localhost") {
 		text += "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 	}
-	if !hasHost(text, s.Hostname) {
-		text += "127.0.1.1\t" + s.Hostname + "\n"
+	if !hasHost(text, hostname) {
+		text += "127.0.1.1\t" + hostname + "\n"
 	}
-	if err := replaceIfOther(etc+"/hosts", text); err != nil {
-		return err
-	}
-	if s.Network.DNS == "" {
+	return replaceIfOther(path, text)
+}
+
+func writeResolvConf(path, run, server string) error {
+	if server == "" {
 		return nil
 	}
-	if fi, err := os.Lstat(etc + "/resolv.conf"); err == nil && (fi.Size() > 0 || !fi.Mode().IsRegular()) {
+	if target, err := os.Readlink(path); err == nil {
+		if !filepath.IsAbs(target) {
+			target = filepath.Join("/etc", target)
+		}
+		// What makes the file there, such as systemd-resolved, replaces this one, if it ever runs.
+		inRun, ok := strings.CutPrefix(strings.TrimPrefix(filepath.Clean(target), "/var"), "/run/")
+		if !ok {
+			return nil
+		}
+		path = filepath.Join(run, inRun)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+	}
+	if fi, err := os.Lstat(path); err == nil && (fi.Size() > 0 || !fi.Mode().IsRegular()) {
 		return nil
 	}
-	return replaceIfOther(etc+"/resolv.conf", "nameserver "+s.Network.DNS+"\n")
+	return replaceIfOther(path, "nameserver "+server+"\n")
 }
 
 func hasHost(hosts, name string) bool {
@@ -337,15 +365,28 @@ func hasHost(hosts, name string) bool {
 	return false
 }
 
-// replaceIfOther writes a file unless it has that content. It doesn't follow a
-// link, which would lead out of the new root.
+// replaceIfOther writes a file unless it has that content: all of it or, where that fails, nothing. It doesn't follow
+// a link, which would lead out of the new root.
 func replaceIfOther(path, content string) error {
-	if fi, err := os.Lstat(path); err == nil && !fi.Mode().IsRegular() {
-		if err := os.Remove(path); err != nil {
-			return err
+	mode, uid, gid := os.FileMode(0o644), 0, 0
+	if fi, err := os.Lstat(path); err == nil && fi.Mode().IsRegular() {
+		if old, err := os.ReadFile(path); err == nil && string(old) == content {
+			return nil
 		}
-	} else if old, err := os.ReadFile(path); err == nil && string(old) == content {
-		return nil
+		st := fi.Sys().(*syscall.Stat_t)
+		mode, uid, gid = fi.Mode().Perm(), int(st.Uid), int(st.Gid)
 	}
-	return os.WriteFile(path, []byte(content), 0o644)
+	f, err := os.OpenFile(path+newSuffix, os.O_CREATE|os.O_WRONLY|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(content)
+	err = errors.Join(err, f.Chown(uid, gid), f.Chmod(mode), f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
 }

@@ -63,8 +63,12 @@ func (m *machine) defaultSessionUser() (*sessionUser, error) {
 
 // attach makes cmd what shows a session. Its directory is where a new one begins.
 func (u *sessionUser) attach(cmd *exec.Cmd, a shed.Attach) error {
+	kept, err := u.hasKept(a.Session)
+	if err != nil {
+		return err
+	}
 	tmux, err := lookPath("tmux", u.env.get("PATH"), cmd.Dir)
-	if err == nil && !u.hasKept(a.Session) {
+	if err == nil && !kept {
 		cmd.Path, cmd.Args = tmux, tmuxAttach(a)
 		cmd.Env = u.env.with("TERM=" + tmuxTerm(u.env, u.a.home))
 		return nil
@@ -83,6 +87,39 @@ func (u *sessionUser) attach(cmd *exec.Cmd, a shed.Attach) error {
 	cmd.Path, cmd.Args = selfExe, []string{sessionName, "attach", u.kept, a.Session, string(a.Mode)}
 	cmd.Env = u.env
 	return nil
+}
+
+// checkAttach returns the error that a's mode has for the session as it is.
+func (m *machine) checkAttach(a shed.Attach) error {
+	if a.Mode == shed.AttachAny {
+		return nil
+	}
+	u, err := m.defaultSessionUser()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), sessionsTimeout)
+	defer cancel()
+	there, err := u.hasKept(a.Session)
+	if err != nil {
+		return err
+	}
+	if !there {
+		if there, err = u.hasTmux(ctx, a.Session); err != nil {
+			return err
+		}
+	}
+	switch {
+	case there && a.Mode == shed.AttachNew:
+		return shed.Errorf(shed.CodeConflict, "there is a session %q", a.Session)
+	case !there && a.Mode == shed.AttachJoin:
+		return noSession(a.Session)
+	}
+	return nil
+}
+
+func noSession(name string) error {
+	return shed.Errorf(shed.CodeNoSession, "there is no session %q", name)
 }
 
 // listSessions answers agent.Sessions.
@@ -134,7 +171,11 @@ func (m *machine) killSession(name string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), sessionsTimeout)
 	defer cancel()
-	if u.hasKept(name) {
+	kept, err := u.hasKept(name)
+	if err != nil {
+		return err
+	}
+	if kept {
 		return u.killKept(ctx, name)
 	}
 	return u.killTmux(ctx, name)
@@ -148,13 +189,15 @@ func (u *sessionUser) owns(pid int) bool {
 }
 
 // hasKept says whether there is a kept session.
-func (u *sessionUser) hasKept(name string) bool {
-	conn, err := net.Dial("unix", filepath.Join(u.kept, name))
-	if err != nil {
-		return false
+func (u *sessionUser) hasKept(name string) (bool, error) {
+	conn, err := dialKept(u.kept, name)
+	if errors.Is(err, errNotKept) {
+		return false, nil
 	}
-	conn.Close()
-	return true
+	if err != nil {
+		return false, fmt.Errorf("looking for the session %s: %w", name, err)
+	}
+	return true, conn.Close()
 }
 
 // keptSessions asks the process of each kept session. One that gives no answer is listed too: it may have to be killed.
@@ -184,12 +227,15 @@ func (u *sessionUser) keptSessions() []shed.Session {
 
 // keptSession returns nil if there is no such session.
 func (u *sessionUser) keptSession(name string) *shed.Session {
-	conn, err := net.Dial("unix", filepath.Join(u.kept, name))
-	if err != nil {
+	conn, err := dialKept(u.kept, name)
+	if errors.Is(err, errNotKept) {
 		return nil
 	}
-	defer conn.Close()
-	status, err := askKept(conn, keptTimeout)
+	var status keptStatus
+	if err == nil {
+		defer conn.Close()
+		status, err = askKept(conn, keptTimeout)
+	}
 	if err != nil {
 		status.Session = shed.Session{}
 		if fi, err := os.Stat(filepath.Join(u.kept, name)); err == nil {
@@ -220,7 +266,10 @@ func askKept(conn net.Conn, timeout time.Duration) (keptStatus, error) {
 
 // killKept ends a kept session, and returns when its process has ended.
 func (u *sessionUser) killKept(ctx context.Context, name string) error {
-	conn, err := net.Dial("unix", filepath.Join(u.kept, name))
+	conn, err := dialKept(u.kept, name)
+	if errors.Is(err, errNotKept) {
+		return noSession(name) // any more
+	}
 	if err != nil {
 		return err
 	}

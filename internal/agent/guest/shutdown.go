@@ -26,12 +26,25 @@ func runShutdown(args []string) error {
 	return unix.Reboot(cmd)
 }
 
-// killAll kills every process but this one, PID 1, and waits for them.
+// killLimit is how long killed processes may take to end. One that waits for a device can't.
+const killLimit = 10 * time.Second
+
+// killAll kills every process but this one, PID 1, and waits for them. What they have written is on disk
+// before that, however it goes on.
 func killAll() {
+	unix.Sync()
 	unix.Kill(-1, unix.SIGKILL)
-	for {
-		if _, err := unix.Wait4(-1, nil, 0, nil); err == unix.ECHILD {
+	awaitChildren(killLimit)
+}
+
+// awaitChildren returns when this process has no more children, or after limit.
+func awaitChildren(limit time.Duration) {
+	for end := time.Now().Add(limit); time.Now().Before(end); {
+		switch pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); {
+		case err == unix.ECHILD:
 			return
+		case pid == 0:
+			time.Sleep(devicePoll)
 		}
 	}
 }

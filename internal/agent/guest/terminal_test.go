@@ -31,11 +31,7 @@ type terminal struct {
 // attachTo attaches to a session with a terminal of 80x24, where there is no tmux unless withTmux.
 func attachTo(t *testing.T, c *agent.Client, name string, mode shed.AttachMode, withTmux bool) *terminal {
 	t.Helper()
-	cmd := shed.Command{
-		Attach: &shed.Attach{Session: name, Mode: mode},
-		TTY:    &shed.TTY{Term: "xterm-256color", Size: shed.Size{Rows: 24, Cols: 80}},
-		Env:    []string{"HISTFILE="},
-	}
+	cmd := attachCommand(name, mode)
 	if !withTmux {
 		cmd.Env = append(cmd.Env, "PATH="+binWithout(t, "tmux"))
 	}
@@ -61,6 +57,28 @@ func attachTo(t *testing.T, c *agent.Client, name string, mode shed.AttachMode, 
 		}
 	}()
 	return term
+}
+
+func attachCommand(name string, mode shed.AttachMode) shed.Command {
+	return shed.Command{
+		Attach: &shed.Attach{Session: name, Mode: mode},
+		TTY:    &shed.TTY{Term: "xterm-256color", Size: shed.Size{Rows: 24, Cols: 80}},
+		Env:    []string{"HISTFILE="},
+	}
+}
+
+// refusedAttach expects that nothing is attached to, and returns the code of the reason.
+func refusedAttach(t *testing.T, c *agent.Client, name string, mode shed.AttachMode) shed.Code {
+	t.Helper()
+	s, err := c.Open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err = agent.Exec(t.Context(), s, attachCommand(name, mode)); err == nil {
+		t.Fatalf("attached to %q", name)
+	}
+	return agent.ReplyCode(err)
 }
 
 // binWithout returns a directory of all programs in /usr/bin and /bin but one.

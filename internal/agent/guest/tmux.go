@@ -110,12 +110,25 @@ func (u *sessionUser) tmux(ctx context.Context, args ...string) (stdout string, 
 
 // noTmuxServer says whether tmux says so: it has a server as long as it has sessions.
 func noTmuxServer(err error) bool {
-	for _, s := range []string{"no server running on", "error connecting to", "server exited", "lost server"} {
-		if strings.Contains(err.Error(), s) {
-			return true
-		}
+	return tmuxSays(err, "no server running on", "error connecting to", "server exited", "lost server")
+}
+
+func tmuxSays(err error, parts ...string) bool {
+	return slices.ContainsFunc(parts, func(s string) bool { return strings.Contains(err.Error(), s) })
+}
+
+// noTmuxSession says whether err, of a call of tmux about one session, means that there is none of that name.
+func noTmuxSession(ctx context.Context, err error) bool {
+	return errors.Is(err, errNoTmux) || ctx.Err() == nil && (noTmuxServer(err) || tmuxSays(err, "can't find session"))
+}
+
+// hasTmux says whether tmux has the session.
+func (u *sessionUser) hasTmux(ctx context.Context, name string) (bool, error) {
+	_, err := u.tmux(ctx, "has-session", "-t", "="+name)
+	if err != nil && noTmuxSession(ctx, err) {
+		return false, nil
 	}
-	return false
+	return err == nil, err
 }
 
 // tmuxSessions returns the user's sessions in tmux, whoever made them.
@@ -180,11 +193,12 @@ func lastLine(text string) string {
 
 // killTmux ends a session in tmux.
 func (u *sessionUser) killTmux(ctx context.Context, name string) error {
-	out, err := u.tmux(ctx, "list-panes", "-s", "-t", "="+name, "-F", "#{pane_pid}")
-	if errors.Is(err, errNoTmux) {
-		return fmt.Errorf("there is no session %q", name)
-	}
+	// Without the colon, a window of that name would be meant too, in whichever session.
+	out, err := u.tmux(ctx, "list-panes", "-s", "-t", "="+name+":", "-F", "#{pane_pid}")
 	if err != nil {
+		if noTmuxSession(ctx, err) {
+			return noSession(name)
+		}
 		return err
 	}
 	var leaders []int

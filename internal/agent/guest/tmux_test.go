@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -80,9 +81,18 @@ func TestTmux(t *testing.T) {
 	if s := sessionsOf(t, c); len(s) != 0 {
 		t.Fatalf("%+v", s)
 	}
+	if code := refusedAttach(t, c, "main", shed.AttachJoin); code != shed.CodeNoSession { // nor has tmux a server
+		t.Errorf("%q", code)
+	}
 	one := attachTo(t, c, "main", shed.AttachAny, true)
 	one.typeIn("PS1='$ '; clear; echo $SHED_NAME $((40+2)); stty size\n")
 	one.await("it 42")
+	awaitThat(t, func() error {
+		if s := sessionsOf(t, c); len(s) != 1 || s[0].LastLine != "$" {
+			return fmt.Errorf("no prompt: %+v", s)
+		}
+		return nil
+	})
 	one.detach()
 
 	// Users see the same sessions, and theirs are listed too.
@@ -103,17 +113,15 @@ func TestTmux(t *testing.T) {
 	two := attachTo(t, c, "main", shed.AttachJoin, true)
 	two.await("it 42")
 	two.Close()
-	again := attachTo(t, c, "main", shed.AttachNew, true)
-	if raw, status := again.end(); status.Code != 1 || !strings.Contains(raw, "duplicate session") {
-		t.Errorf("%+v %q", status, raw)
+	if code := refusedAttach(t, c, "main", shed.AttachNew); code != shed.CodeConflict {
+		t.Errorf("%q", code)
 	}
 	// A name is not taken for the begin of another.
-	none := attachTo(t, c, "mai", shed.AttachJoin, true)
-	if raw, status := none.end(); status.Code != 1 || !strings.Contains(raw, "can't find session") {
-		t.Errorf("%+v %q", status, raw)
+	if code := refusedAttach(t, c, "mai", shed.AttachJoin); code != shed.CodeNoSession {
+		t.Errorf("%q", code)
 	}
-	if err := killSession(t, c, "mai"); err == nil {
-		t.Error("a session that isn't there was killed")
+	if err := killSession(t, c, "mai"); agent.ReplyCode(err) != shed.CodeNoSession {
+		t.Errorf("killing a session that isn't there: %v", err)
 	}
 	if err := killSession(t, c, "main"); err != nil {
 		t.Fatal(err)
@@ -123,6 +131,24 @@ func TestTmux(t *testing.T) {
 	}
 	if got := finish(t, start(t, c, shed.Command{Script: "tmux kill-server"})); got.Code != 0 {
 		t.Errorf("%+v", got)
+	}
+}
+
+// What runs in a window that is called like the session to be killed goes on.
+func TestTmuxKillOnly(t *testing.T) {
+	c := newSessionShed(t)
+	script := "new() { tmux new-session -dPF '#{pane_pid}' \"$@\" 'exec sleep 1000'; }\nnew -s one -n main; new -s main -n x; new -s two -n main"
+	for _, name := range []string{"one", "main", "two"} {
+		endSession(t, c, name)
+	}
+	pids := strings.Fields(finish(t, start(t, c, shed.Command{Script: script})).stdout)
+	if err := killSession(t, c, "main"); err != nil || len(pids) != 3 {
+		t.Fatalf("%q, %v", pids, err)
+	}
+	for _, pid := range []string{pids[0], pids[2]} {
+		if n, err := strconv.Atoi(pid); err != nil || processName(n) == "" {
+			t.Errorf("what runs in another session was ended: %v", err)
+		}
 	}
 }
 

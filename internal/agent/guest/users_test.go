@@ -127,13 +127,15 @@ func TestLookupUser(t *testing.T) {
 
 func TestMergePath(t *testing.T) {
 	for _, tt := range []struct{ login, image, want string }{
-		{"/usr/bin:/bin", "/usr/local/go/bin:/usr/bin:/go/bin", "/usr/bin:/bin:/usr/local/go/bin:/go/bin"},
+		{"/usr/bin:/bin", "/usr/local/go/bin:/usr/bin:/go/bin", "/usr/local/go/bin:/usr/bin:/bin:/go/bin"},
 		{"/home/u/bin:/bin:/opt/x", "/opt/x:/bin:/opt/y", "/home/u/bin:/bin:/opt/x:/opt/y"},
+		{"/home/u/bin:/usr/bin", "/venv/bin:/opt/x:/usr/bin:/usr/games", "/home/u/bin:/venv/bin:/opt/x:/usr/bin:/usr/games"},
+		{"/home/u/bin", "/venv/bin:/usr/bin", "/home/u/bin:/venv/bin"},
 		{"/usr/bin:/bin", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "/usr/bin:/bin"},
 		{"/bin", "", "/bin"},
-		{"/bin", "::/opt:/opt", "/bin:/opt"},
+		{"/bin", "::/opt:/opt", "/opt:/bin"},
 		{"", "/opt", "/opt"},
-		{"/bin:", "/opt", "/bin::/opt"}, // a login's own empty entry stays
+		{"/bin:", "/opt", "/opt:/bin:"}, // a login's own empty entry stays
 	} {
 		if got := mergePath(tt.login, tt.image); got != tt.want {
 			t.Errorf("mergePath(%q, %q) = %q, want %q", tt.login, tt.image, got, tt.want)

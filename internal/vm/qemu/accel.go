@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -52,30 +51,9 @@ func (a Accel) cmdline() string {
 	// has its tools, and without it SELinux comes in its place.
 	s := "console=" + console + " quiet reboot=t panic=-1 lsm=landlock,lockdown,yama,integrity,bpf rdinit=/init" + archCmdline
 	if a == TCG {
-		// Measuring the TSC against emulated timers hangs at times. Told the frequency of the
-		// time stamp counter and of the delay loop, the kernel measures nothing.
-		khz := hostKHz()
-		const hz = 250 // CONFIG_HZ of Debian's kernels
-		s += fmt.Sprintf(" tsc=reliable tsc_early_khz=%d lpj=%d", khz, khz*1000/hz)
+		s += tcgCmdline()
 	}
 	return s
-}
-
-// hostKHz is the frequency of the host's processor, which TCG passes on as the guest's TSC.
-func hostKHz() int {
-	b, err := os.ReadFile("/proc/cpuinfo")
-	if err == nil {
-		for line := range strings.Lines(string(b)) {
-			key, value, ok := strings.Cut(line, ":")
-			if !ok || strings.TrimSpace(key) != "cpu MHz" {
-				continue
-			}
-			if mhz, err := strconv.ParseFloat(strings.TrimSpace(value), 64); err == nil && mhz > 0 {
-				return int(mhz * 1000)
-			}
-		}
-	}
-	return 1_000_000 // QEMU's own choice where it can't measure
 }
 
 // probe is what was found out about KVM, and on what: it holds as long as that is the same.
@@ -83,43 +61,72 @@ type probe struct {
 	Kernel string `json:"kernel"`
 	CPU    string `json:"cpu"`
 	QEMU   string `json:"qemu"`
-	Device string `json:"device"`
 
-	Works  bool   `json:"works"`
-	Reason string `json:"reason,omitempty"`
+	Works  bool      `json:"works"`
+	Reason string    `json:"reason,omitempty"`
+	Until  time.Time `json:"until,omitzero"` // when to ask again in any case; zero means never
 }
 
 // probeTimeout bounds a guest that needs a millisecond.
 const probeTimeout = 5 * time.Second
 
+// errStuck is for a guest that didn't get anywhere. Mostly none ever does then; but the host may have been busy, so
+// that is believed for stuckHolds.
+var errStuck = fmt.Errorf("KVM is there but a test guest did not get anywhere in %v", probeTimeout)
+
+const stuckHolds = time.Hour
+
 // DetectAccel says whether KVM runs guests here, and if not, why. That /dev/kvm
-// opens proves nothing, so a guest is run. The answer is kept in file.
+// opens proves nothing, so a guest is run. The answer is kept in file, unless another try could
+// give another one. An error says that it could not be kept: it holds all the same, unless ctx is done.
 func DetectAccel(ctx context.Context, binary, file string) (accel Accel, reason string, err error) {
-	now := surroundings(binary)
+	if err := openKVM(); err != nil {
+		return TCG, err.Error(), nil
+	}
+	if runtime.GOARCH != "amd64" {
+		return TCG, "there is no test guest for " + runtime.GOARCH, nil
+	}
+	return surroundings(binary).answer(file, func() (string, error) { return runProbe(ctx, binary) })
+}
+
+// openKVM says whether the device can be opened.
+func openKVM() error {
+	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if errors.Is(err, os.ErrPermission) {
+		return fmt.Errorf("%w: add the user to the group kvm", err)
+	}
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// answer is what is kept in file, if that was found out in the same surroundings, or what run returns.
+func (p probe) answer(file string, run func() (refusal string, err error)) (accel Accel, reason string, err error) {
 	var known probe
 	if b, err := os.ReadFile(file); err == nil && json.Unmarshal(b, &known) == nil {
 		asked := known
-		asked.Works, asked.Reason = false, ""
-		if asked == now {
+		asked.Works, asked.Reason, asked.Until = false, "", time.Time{}
+		if asked == p && (known.Until.IsZero() || time.Now().Before(known.Until)) {
 			return known.accel(), known.Reason, nil
 		}
 	}
-	if err := runProbe(ctx, binary); err != nil {
-		if ctx.Err() != nil {
-			return "", "", ctx.Err()
-		}
-		now.Reason = err.Error()
-	} else {
-		now.Works = true
+	p.Reason, err = run()
+	switch {
+	case errors.Is(err, errStuck):
+		p.Reason, p.Until = err.Error(), time.Now().Add(stuckHolds)
+	case err != nil:
+		return TCG, err.Error(), nil
 	}
-	b, err := json.MarshalIndent(now, "", "  ")
+	p.Works = p.Reason == ""
+	b, err := json.MarshalIndent(p, "", "  ")
+	if err == nil {
+		err = renameio.WriteFile(file, append(b, '\n'), 0o644)
+	}
 	if err != nil {
-		return "", "", err
+		err = fmt.Errorf("keeping what was found out about KVM: %w", err)
 	}
-	if err := renameio.WriteFile(file, append(b, '\n'), 0o644); err != nil {
-		return "", "", fmt.Errorf("keeping what was found out about KVM: %w", err)
-	}
-	return now.accel(), now.Reason, nil
+	return p.accel(), p.Reason, err
 }
 
 func (p probe) accel() Accel {
@@ -147,37 +154,20 @@ func surroundings(binary string) probe {
 	if fi, err := os.Stat(binary); err == nil {
 		p.QEMU = fmt.Sprintf("%s %d %d", binary, fi.Size(), fi.ModTime().UnixNano())
 	}
-	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-	if err != nil {
-		p.Device = err.Error()
-		return p
-	}
-	f.Close()
-	p.Device = "opens"
 	return p
 }
 
-// runProbe runs a guest of some ten thousand instructions under KVM.
-func runProbe(ctx context.Context, binary string) error {
-	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-	if err != nil {
-		if errors.Is(err, os.ErrPermission) {
-			return fmt.Errorf("%w: add the user to the group kvm", err)
-		}
-		return err
-	}
-	f.Close()
-	if runtime.GOARCH != "amd64" {
-		return errors.New("there is no test guest for " + runtime.GOARCH)
-	}
+// runProbe runs a guest of some ten thousand instructions under KVM. It returns why QEMU refused, "" if it didn't, and
+// an error where that was not found out.
+func runProbe(ctx context.Context, binary string) (refusal string, err error) {
 	dir, err := os.MkdirTemp("", "shed-kvm-")
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer os.RemoveAll(dir)
 	bios := filepath.Join(dir, "bios")
 	if err := os.WriteFile(bios, probeGuest(), 0o600); err != nil {
-		return err
+		return "", err
 	}
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
@@ -189,17 +179,20 @@ func runProbe(ctx context.Context, binary string) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.WaitDelay = time.Second
 	err = cmd.Run()
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return "", errStuck
+	}
 	if ctx.Err() != nil {
-		return fmt.Errorf("KVM is there but a test guest did not get anywhere in %v", probeTimeout)
+		return "", ctx.Err()
 	}
 	// isa-debug-exit ends QEMU with twice the value written, plus one.
 	if cmd.ProcessState != nil && cmd.ProcessState.ExitCode() == probeValue<<1|1 {
-		return nil
+		return "", nil
 	}
 	if said := strings.TrimSpace(stderr.String()); said != "" {
-		return errors.New(said)
+		return said, nil
 	}
-	return fmt.Errorf("the test guest under KVM failed: %v", err)
+	return "", fmt.Errorf("the test guest under KVM failed: %v", err)
 }
 
 const probePort, probeValue = 0xf4, 0x21

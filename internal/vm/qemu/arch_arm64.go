@@ -11,3 +11,6 @@ const console = "ttyAMA0"
 func machineType(Accel) string { return "virt,gic-version=max" }
 
 const archCmdline = ""
+
+// tcgCmdline is empty: the processor tells its kernel the frequency of its timer.
+func tcgCmdline() string { return "" }

@@ -6,18 +6,21 @@ package qemu
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/charliek/shed"
+	"github.com/charliek/shed/internal/proclock"
 	"github.com/charliek/shed/internal/vm"
 )
 
@@ -27,9 +30,13 @@ const (
 	linkSocket = "link.sock"
 	netSocket  = "net.sock"
 	logFile    = "vmm.log"
-	pidFile    = "vmm.json"
+	lockFile   = "vmm.lock" // inherited by QEMU
 	openedFile = "link.opened"
 )
+
+// lockPatience is how long who looks whether QEMU runs may delay its start, and how long it may be on its
+// way into existence or out of it. It is far more than that takes.
+const lockPatience = 5 * time.Second
 
 // What QEMU calls the link's port, and the host's end of it.
 const linkID, linkChardev = "link-port", "link"
@@ -41,13 +48,10 @@ const mmioSlots, otherDevices = 23, 4
 
 // Driver is the QEMU driver.
 type Driver struct {
-	Binary string // of QEMU for this architecture
-	Accel  Accel
+	Accel Accel
 }
 
 var _ vm.Driver = (*Driver)(nil)
-
-func (d *Driver) Name() string { return "qemu" }
 
 func (d *Driver) Features() vm.Features {
 	return vm.Features{MaxDisks: mmioSlots - otherDevices}
@@ -64,7 +68,16 @@ func FindBinary() (string, error) {
 }
 
 func (d *Driver) Start(ctx context.Context, dir string, spec vm.Spec) (vm.Machine, error) {
-	for _, f := range []string{qmpSocket, linkSocket, netSocket, pidFile, logFile, openedFile} {
+	binary, err := FindBinary()
+	if err != nil {
+		return nil, err
+	}
+	lock, err := proclock.Take(filepath.Join(dir, lockFile), lockPatience)
+	if err != nil {
+		return nil, fmt.Errorf("QEMU did not start: %w", err)
+	}
+	defer lock.Close()
+	for _, f := range []string{qmpSocket, linkSocket, netSocket, logFile, openedFile} {
 		if err := os.Remove(filepath.Join(dir, f)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
 		}
@@ -74,32 +87,40 @@ func (d *Driver) Start(ctx context.Context, dir string, spec vm.Spec) (vm.Machin
 		return nil, err
 	}
 	defer log.Close()
-	cmd := exec.Command(d.Binary, d.args(spec)...)
+	cmd := exec.Command(binary, d.args(spec)...)
 	// Sockets are named relative to the directory: a path of one can't be longer than 107 bytes.
 	cmd.Dir = dir
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("starting QEMU: %w", err)
-	}
-	reaped := make(chan struct{})
-	go func() {
-		cmd.Wait()
-		close(reaped)
-	}()
-	p, err := recordProcess(filepath.Join(dir, pidFile), cmd.Process.Pid)
+	p, err := startThroughShutdowns(cmd, lock)
 	if err != nil {
-		cmd.Process.Kill()
-		<-reaped
-		return nil, d.startError(dir, err)
+		return nil, fmt.Errorf("starting QEMU: %w", err)
 	}
 	m := &machine{dir: dir, process: p, qmp: newQMP(dir)}
 	if err := m.connect(ctx); err != nil {
-		p.kill()
-		<-reaped
-		return nil, d.startError(dir, err)
+		return nil, errors.Join(d.startError(dir, err), m.Kill())
 	}
 	return m, nil
+}
+
+// startThroughShutdowns starts cmd so that the signals that a host sends all processes before it goes down don't
+// end it: QEMU would quit at once, which is a power cut for its guest. A signal that is
+// blocked where a process is started is blocked there too, and QEMU leaves it at that.
+func startThroughShutdowns(cmd *exec.Cmd, lock *os.File) (*proclock.Process, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var blocked, before unix.Sigset_t
+	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGHUP} {
+		blocked.Val[0] |= 1 << (sig - 1)
+	}
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &blocked, &before); err != nil {
+		return nil, fmt.Errorf("blocking signals: %w", err)
+	}
+	p, err := proclock.Start(cmd, lock)
+	if merr := unix.PthreadSigmask(unix.SIG_SETMASK, &before, nil); merr != nil {
+		panic(merr) // there is no such failure with valid arguments
+	}
+	return p, err
 }
 
 func (d *Driver) startError(dir string, err error) error {
@@ -110,9 +131,12 @@ func (d *Driver) startError(dir string, err error) error {
 }
 
 func (d *Driver) Find(ctx context.Context, dir string) (vm.Machine, error) {
-	p, err := findProcess(filepath.Join(dir, pidFile))
+	p, err := proclock.Find(filepath.Join(dir, lockFile), lockPatience)
+	if errors.Is(err, proclock.ErrNotHeld) {
+		return nil, vm.ErrNotRunning
+	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("finding QEMU: %w", err)
 	}
 	m := &machine{dir: dir, process: p, qmp: newQMP(dir)}
 	// QEMU talks to one client at a time, and to none while it is stopped. What is begun here
@@ -125,9 +149,8 @@ func (d *Driver) Find(ctx context.Context, dir string) (vm.Machine, error) {
 	return m, nil
 }
 
-func (d *Driver) Running(dir string) bool {
-	r, err := readRecord(filepath.Join(dir, pidFile))
-	return err == nil && r.runs()
+func (d *Driver) Running(dir string) (bool, error) {
+	return proclock.Held(filepath.Join(dir, lockFile))
 }
 
 // args is QEMU's command line. Commas in values are doubled, as its option parser wants.
@@ -166,7 +189,7 @@ func (d *Driver) args(spec vm.Spec) []string {
 // machine is a running QEMU.
 type machine struct {
 	dir     string
-	process *process
+	process *proclock.Process
 	qmp     *qmp
 }
 
@@ -178,7 +201,7 @@ func (m *machine) connect(ctx context.Context) error {
 			return m.qmp.open(ctx, conn)
 		}
 		select {
-		case <-m.process.ended:
+		case <-m.process.Ended():
 			err = errors.New("it ended at once")
 		case <-ctx.Done():
 			err = ctx.Err()
@@ -208,7 +231,7 @@ func (m *machine) DialNetwork(ctx context.Context) (net.Conn, error) {
 
 func (m *machine) Wait(ctx context.Context) (vm.Exit, error) {
 	select {
-	case <-m.process.ended:
+	case <-m.process.Ended():
 	case <-ctx.Done():
 		return vm.Exit{}, ctx.Err()
 	}
@@ -232,26 +255,10 @@ func (m *machine) Wait(ctx context.Context) (vm.Exit, error) {
 	}
 }
 
-func (m *machine) Kill() error { return m.process.kill() }
-
-// processRecord names a process for as long as the machine is up: a pid may be used again.
-type processRecord struct {
-	PID   int    `json:"pid"`
-	Start uint64 `json:"start"` // clock ticks after boot, from proc(5)
-	Boot  string `json:"boot"`  // the kernel's boot ID
-}
-
-func readRecord(file string) (processRecord, error) {
-	var r processRecord
-	b, err := os.ReadFile(file)
-	if errors.Is(err, os.ErrNotExist) {
-		return r, vm.ErrNotRunning
+func (m *machine) Kill() error {
+	if err := m.process.Kill(); err != nil {
+		return fmt.Errorf("QEMU: %w", err)
 	}
-	if err != nil {
-		return r, err
-	}
-	if err := json.Unmarshal(b, &r); err != nil {
-		return r, fmt.Errorf("%s: %w", file, err)
-	}
-	return r, nil
+	<-m.process.Ended()
+	return nil
 }

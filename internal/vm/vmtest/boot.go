@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -215,6 +216,19 @@ func (l *link) look(t *testing.T) guest.Facts {
 	return l.must(t, guest.Request{Op: guest.Look}).Facts
 }
 
+// ahead returns by how much the guest's clock is ahead of the time since start, as far as it can be told: when
+// on the way of a request the guest reads it isn't known.
+func (l *link) ahead(t *testing.T, start time.Time) (least, most time.Duration) {
+	t.Helper()
+	least, most = math.MinInt64, math.MaxInt64
+	for range 20 {
+		before := time.Since(start)
+		clock := l.look(t).Clock
+		least, most = max(least, clock-time.Since(start)), min(most, clock-before)
+	}
+	return least, most
+}
+
 // startEnv has what a process of its own is to start for the suite, and then to leave alone.
 const startEnv = "SHED_VMTEST_START"
 
@@ -223,14 +237,23 @@ type startRequest struct {
 	Spec vm.Spec `json:"spec"`
 }
 
-// startElsewhere starts a machine from another process, which has ended when it returns.
-func startElsewhere(test, dir string, spec vm.Spec) error {
+// starterOf returns a process that starts a machine, and ends.
+func starterOf(test, dir string, spec vm.Spec) (*exec.Cmd, error) {
 	b, err := json.Marshal(startRequest{dir, spec})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	cmd := exec.Command(os.Args[0], "-test.run", test)
 	cmd.Env = append(os.Environ(), startEnv+"="+string(b))
+	return cmd, nil
+}
+
+// startElsewhere starts a machine from another process, which has ended when it returns.
+func startElsewhere(test, dir string, spec vm.Spec) error {
+	cmd, err := starterOf(test, dir, spec)
+	if err != nil {
+		return err
+	}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("from another process: %w\n%s", err, out)
 	}

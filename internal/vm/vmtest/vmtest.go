@@ -49,6 +49,7 @@ func Run(t *testing.T, newDriver func(testing.TB) vm.Driver) {
 		"Restart":       s.restart,
 		"Panic":         s.panic,
 		"Kill":          s.kill,
+		"StarterKilled": s.starterKilled,
 		"GuestLeaves":   s.guestLeaves,
 		"NotRunning":    s.notRunning,
 		"StartFails":    s.startFails,
@@ -103,6 +104,8 @@ func (s *suite) machine(t *testing.T) {
 		t.Errorf("the boot logs an error:\n%s", vm.LastLines(spec.Console, 0, 20))
 	}
 	facts := l.look(t)
+	start := time.Now()
+	least, most := l.ahead(t, start)
 	if facts.CPUs != 2 {
 		t.Errorf("%d CPUs, want 2", facts.CPUs)
 	}
@@ -140,8 +143,14 @@ func (s *suite) machine(t *testing.T) {
 	if exit, err := m.Wait(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("Wait while it runs: %+v, %v", exit, err)
 	}
-	if !d.Running(dir) || !s.newDriver(t).Running(dir) {
-		t.Error("Running is false while the machine runs")
+	checkRunning(t, d, dir, true)
+	checkRunning(t, s.newDriver(t), dir, true)
+	checkHostShutdown(t, dir, m)
+
+	least2, most2 := l.ahead(t, start)
+	tolerated := time.Since(start) / 100
+	if most2-least < -tolerated || least2-most > tolerated {
+		t.Errorf("within %v, the guest's clock got ahead of the host's by %v to %v", time.Since(start), least2-most, most2-least)
 	}
 	l.send(t, guest.Request{Op: guest.PowerOff})
 	checkEnded(t, d, dir, m, vm.PowerOff)
@@ -257,6 +266,13 @@ func readFrame(conn net.Conn) ([]byte, error) {
 	return b, err
 }
 
+func checkRunning(t *testing.T, d vm.Driver, dir string, want bool) {
+	t.Helper()
+	if got, err := d.Running(dir); got != want || err != nil {
+		t.Errorf("Running: %v, %v; want %v", got, err, want)
+	}
+}
+
 // checkEnded waits for a machine's end and checks what holds then.
 func checkEnded(t *testing.T, d vm.Driver, dir string, m vm.Machine, causes ...vm.Cause) {
 	t.Helper()
@@ -272,9 +288,7 @@ func checkEnded(t *testing.T, d vm.Driver, dir string, m vm.Machine, causes ...v
 		conn.Close()
 		t.Error("DialLink works after the end")
 	}
-	if d.Running(dir) {
-		t.Error("Running is true after the end")
-	}
+	checkRunning(t, d, dir, false)
 	if _, err := d.Find(t.Context(), dir); !errors.Is(err, vm.ErrNotRunning) {
 		t.Errorf("Find after the end: %v, want ErrNotRunning", err)
 	}
@@ -338,6 +352,9 @@ func (s *suite) kill(t *testing.T) {
 	if _, err := s.newDriver(t).Find(ctx, dir); err != nil && !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Find while another has it: %v", err)
 	}
+	if _, err := s.newDriver(t).Start(t.Context(), dir, s.spec(files)); err == nil {
+		t.Error("a second machine started where one runs")
+	}
 	l.look(t)
 
 	var wg sync.WaitGroup
@@ -351,9 +368,7 @@ func (s *suite) kill(t *testing.T) {
 			if err := m.Kill(); err != nil {
 				t.Errorf("Kill: %v", err)
 			}
-			if d.Running(dir) {
-				t.Error("Running is true after Kill")
-			}
+			checkRunning(t, d, dir, false)
 		})
 	}
 	wg.Wait()
@@ -382,17 +397,13 @@ func (s *suite) guestLeaves(t *testing.T) {
 			t.Errorf("DialLink: %v, want ErrLinkClosed", err)
 		}
 	}
-	if !d.Running(dir) {
-		t.Error("the machine ended with its agent")
-	}
+	checkRunning(t, d, dir, true)
 }
 
 func (s *suite) notRunning(t *testing.T) {
 	d := s.newDriver(t)
 	for _, dir := range []string{t.TempDir(), filepath.Join(t.TempDir(), "none")} {
-		if d.Running(dir) {
-			t.Error("Running is true")
-		}
+		checkRunning(t, d, dir, false)
 		if m, err := d.Find(t.Context(), dir); !errors.Is(err, vm.ErrNotRunning) {
 			t.Errorf("Find: %v, %v; want ErrNotRunning", m, err)
 		}
@@ -426,9 +437,7 @@ func (s *suite) startFails(t *testing.T) {
 		if !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %q doesn't say %q", name, err, tt.want)
 		}
-		if d.Running(dir) {
-			t.Errorf("%s: Running is true", name)
-		}
+		checkRunning(t, d, dir, false)
 		if _, err := d.Find(t.Context(), dir); !errors.Is(err, vm.ErrNotRunning) {
 			t.Errorf("%s: Find: %v", name, err)
 		}
@@ -447,7 +456,5 @@ func (s *suite) startCanceled(t *testing.T) {
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("Start: %v, want context.Canceled", err)
 	}
-	if d.Running(dir) {
-		t.Error("Running is true")
-	}
+	checkRunning(t, d, dir, false)
 }

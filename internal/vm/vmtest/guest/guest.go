@@ -2,6 +2,8 @@
 // words that the suite and it have for each other.
 package guest
 
+import "time"
+
 // Request is the first message on a stream of the link, in the form of the agent's.
 type Request struct {
 	Op     string `json:"op"`
@@ -38,11 +40,12 @@ type Reply struct {
 
 // Facts is what the guest sees of its machine.
 type Facts struct {
-	BootID   string   `json:"boot_id"` // another one after every boot
-	CPUs     int      `json:"cpus"`
-	MemoryMB int      `json:"memory_mb"` // without what the kernel itself takes
-	MACs     []string `json:"macs"`      // of all network cards
-	Disks    []Disk   `json:"disks"`     // in the order of their names
+	BootID   string        `json:"boot_id"` // another one after every boot
+	Clock    time.Duration `json:"clock"`   // that goes on steadily, from some time on
+	CPUs     int           `json:"cpus"`
+	MemoryMB int           `json:"memory_mb"` // without what the kernel itself takes
+	MACs     []string      `json:"macs"`      // of all network cards
+	Disks    []Disk        `json:"disks"`     // in the order of their names
 }
 
 // Disk is a block device.

@@ -128,7 +128,12 @@ func look() (Facts, error) {
 	if err := unix.Sysinfo(&si); err != nil {
 		return Facts{}, err
 	}
+	var clock unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &clock); err != nil {
+		return Facts{}, err
+	}
 	f := Facts{
+		Clock:  time.Duration(clock.Nano()),
 		BootID: strings.TrimSpace(string(id)), CPUs: runtime.NumCPU(), MemoryMB: int(uint64(si.Totalram) * uint64(si.Unit) >> 20),
 	}
 	interfaces, err := net.Interfaces()
