@@ -17,18 +17,21 @@ import (
 // timedConn knows when something was last read from it.
 type timedConn struct {
 	net.Conn
-	last atomic.Int64 // in Unix nanoseconds
+	start time.Time    // from when last is counted: a step of the clock doesn't change it
+	last  atomic.Int64 // in nanoseconds
 }
 
 func (c *timedConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
 	if n > 0 {
-		c.last.Store(time.Now().UnixNano())
+		c.last.Store(int64(time.Since(c.start)))
 	}
 	return n, err
 }
 
-func (c *timedConn) silence() time.Duration { return time.Since(time.Unix(0, c.last.Load())) }
+func (c *timedConn) silence() time.Duration {
+	return time.Since(c.start) - time.Duration(c.last.Load())
+}
 
 // connection is a client that is logged in.
 type connection struct {

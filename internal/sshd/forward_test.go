@@ -103,12 +103,12 @@ func TestDirect(t *testing.T) {
 	}
 	wg.Wait()
 
-	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	busy, err := net.Dial("tcp", tcp.String()) // so that nobody can listen where it is
 	if err != nil {
 		t.Fatal(err)
 	}
-	closed.Close()
-	for _, addr := range []net.Addr{closed.Addr(), &net.UnixAddr{Name: dir + "/none", Net: "unix"}} {
+	defer busy.Close()
+	for _, addr := range []net.Addr{busy.LocalAddr(), &net.UnixAddr{Name: dir + "/none", Net: "unix"}} {
 		_, err = client.Dial(addr.Network(), addr.String())
 		var refused *ssh.OpenChannelError
 		if !errors.As(err, &refused) || refused.Reason != ssh.ConnectionFailed || !strings.Contains(refused.Message, "connect: ") {

@@ -1,7 +1,6 @@
 package sshd
 
 import (
-	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/pem"
@@ -10,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"golang.org/x/crypto/ssh"
 
@@ -24,9 +24,8 @@ func LoadOrCreateHostKey(path string) (ssh.Signer, error) {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return key, err
 	}
-	err = createHostKey(path)
-	if err != nil && !errors.Is(err, fs.ErrExist) { // another server may have been faster
-		return nil, fmt.Errorf("create the SSH host key: %w", err)
+	if err := createHostKey(path); err != nil {
+		return nil, fmt.Errorf("create the SSH host key %s: %w", path, err)
 	}
 	return loadHostKey(path)
 }
@@ -55,8 +54,7 @@ func loadHostKey(path string) (ssh.Signer, error) {
 	return key, nil
 }
 
-// createHostKey writes a new key to path, all of it or nothing, and fails with
-// fs.ErrExist if a file is there.
+// createHostKey writes a new key to path, all of it or nothing, unless there is a file.
 func createHostKey(path string) error {
 	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -66,23 +64,29 @@ func createHostKey(path string) error {
 	if err != nil {
 		return err
 	}
-	dir := filepath.Dir(path)
-	tmp, err := os.CreateTemp(dir, filepath.Base(path)+".tmp*") // mode 0600
+	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
-	defer os.Remove(tmp.Name())
-	_, err = bytes.NewReader(pem.EncodeToMemory(block)).WriteTo(tmp)
-	if err := errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
-		return err
+	defer dir.Close() // which unlocks it
+	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", dir.Name(), err)
 	}
-	// Unlike a rename, a link doesn't replace what is there.
-	if err := os.Link(tmp.Name(), path); err != nil {
-		return err
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		return err // another server may have been faster
 	}
-	d, err := os.Open(dir)
+	// Always by the same name, so that what a kill leaves is used again.
+	tmp, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.Sync(), d.Close())
+	_, err = tmp.Write(pem.EncodeToMemory(block))
+	err = errors.Join(err, tmp.Sync(), tmp.Close())
+	if err == nil {
+		err = os.Rename(tmp.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(tmp.Name()))
+	}
+	return dir.Sync()
 }

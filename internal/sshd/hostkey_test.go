@@ -79,6 +79,21 @@ func TestHostKey(t *testing.T) {
 	}
 }
 
+// What a server that was killed has left of a key is neither used nor left for good.
+func TestHostKeyKilled(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "host_key")
+	if err := os.WriteFile(path+".tmp", bytes.Repeat([]byte("x"), 10_000), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadOrCreateHostKey(path); err != nil {
+		t.Error(err)
+	}
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil || len(entries) != 1 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
 func TestHostKeyRace(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "host_key")
 	keys := make([][]byte, 8)

@@ -4,14 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net"
-	"os"
-	"path/filepath"
 	"sync"
-	"syscall"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -19,8 +15,8 @@ import (
 // AuthorizedKeys says whose keys may log in.
 type AuthorizedKeys struct {
 	// Files are paths of files in OpenSSH's authorized_keys format. They are read at every login, so
-	// that a change counts at once. A file that isn't there holds no keys; one that others
-	// than its owner can change, itself or through its directory, is refused.
+	// that a change counts at once. A file that isn't there holds no keys; one that others than
+	// root and this process's user can change, itself or through a directory on its path, is refused.
 	Files []string
 	// Lines are further lines of that format.
 	Lines []string
@@ -29,7 +25,8 @@ type AuthorizedKeys struct {
 // Usable returns how many keys may log in now, and why files and keys that are there may not.
 func (c AuthorizedKeys) Usable() (n int, problems []string) {
 	k := newKeyring(c, slog.New(slog.DiscardHandler))
-	for _, e := range k.current() {
+	lines, _ := k.current()
+	for _, e := range lines {
 		if err := e.usable(); err != nil {
 			problems = append(problems, fmt.Sprintf("%s: %v", e.where, err))
 		} else {
@@ -43,9 +40,6 @@ func (c AuthorizedKeys) Usable() (n int, problems []string) {
 	}
 	return n, problems
 }
-
-// maxKeyFile is the longest file of authorized keys, in bytes.
-const maxKeyFile = 1 << 20
 
 // keyring decides which keys may log in. It is safe for concurrent use.
 type keyring struct {
@@ -78,7 +72,8 @@ func newKeyring(c AuthorizedKeys, log *slog.Logger) *keyring {
 // authorize returns what a key may do that logs in from remote to the shed called user. The error
 // says why it may not.
 func (k *keyring) authorize(user string, remote net.Addr, key ssh.PublicKey) (rights, error) {
-	r, refused, err := authorize(k.current(), user, remote, key)
+	lines, _ := k.current()
+	r, refused, err := authorize(lines, user, remote, key)
 	for _, line := range refused {
 		k.strangers.Warn("SSH key refused", "key", ssh.FingerprintSHA256(key), "line", line.where,
 			"remote", remote.String(), "reason", line.refused)
@@ -111,11 +106,13 @@ func authorize(lines []authorizedKey, user string, remote net.Addr, key ssh.Publ
 	return rights{}, refused, err
 }
 
-// current returns all lines as the files are now.
-func (k *keyring) current() []authorizedKey {
+// current returns all lines as the files are now. Of a file that can't be read for the moment, known has the lines that
+// it held last: they may not let in anybody else, but are no reason to end what they let in.
+func (k *keyring) current() (lines, known []authorizedKey) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	keys := k.lines[:len(k.lines):len(k.lines)]
+	lines = k.lines[:len(k.lines):len(k.lines)]
+	known = lines
 	for _, f := range k.files {
 		text, err := readKeyFile(f.path)
 		problem := ""
@@ -130,52 +127,19 @@ func (k *keyring) current() []authorizedKey {
 			}
 			f.problem = problem
 		}
+		if isPassing(err) {
+			known = append(known, f.keys...)
+			continue
+		}
 		// The text itself tells whether it changed. Times and sizes don't: a key can
 		// be exchanged for another of the same length within one tick of the clock.
 		if !bytes.Equal(text, f.text) {
 			f.text, f.keys = text, k.parse(f.path, text)
 		}
-		keys = append(keys, f.keys...)
+		lines = append(lines, f.keys...)
+		known = append(known, f.keys...)
 	}
-	return keys
-}
-
-// readKeyFile returns the contents of a file that nobody but its owner can change.
-func readKeyFile(path string) ([]byte, error) {
-	real, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		return nil, err
-	}
-	dir, err := os.Stat(filepath.Dir(real))
-	if err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(real, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO would block
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, errors.New("it is not a regular file")
-	}
-	if perm := info.Mode().Perm(); perm&0o022 != 0 {
-		return nil, fmt.Errorf("its group or others can write it (mode %04o); chmod go-w %s", perm, real)
-	}
-	if perm := dir.Mode().Perm(); perm&0o022 != 0 {
-		return nil, fmt.Errorf("the group or others can write its directory (mode %04o); chmod go-w %s", perm, filepath.Dir(real))
-	}
-	text, err := io.ReadAll(io.LimitReader(f, maxKeyFile+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(text) > maxKeyFile {
-		return nil, fmt.Errorf("it is longer than %d bytes", maxKeyFile)
-	}
-	return text, nil
+	return lines, known
 }
 
 // parse returns the keys in text and logs the lines that hold none.

@@ -116,8 +116,8 @@ func New(c Config) *Server {
 
 // Serve accepts connections on l until ctx is done or l is closed. It then
 // ends the connections that are open, closes l and returns when nothing of
-// them runs any more. The error says why l failed; it is nil where ctx or a Close of l was the
-// reason.
+// them runs any more. After an error of the system it goes on. The error says why else l failed; it
+// is nil where ctx or a Close of l was the reason.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var conns sync.WaitGroup
@@ -133,7 +133,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		case err == nil:
 		case ctx.Err() != nil || errors.Is(err, net.ErrClosed):
 			return nil
-		case isTemporary(err):
+		case errors.As(err, new(syscall.Errno)):
+			// The system lacks something, or this is the fault of one connection or of the
+			// network, which it reports here too. Another may work.
 			s.log.Warn("can't accept an SSH connection", "err", err)
 			select {
 			case <-ctx.Done():
@@ -159,17 +161,6 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 }
 
-// isTemporary reports whether Accept may work again later: the process or the machine
-// has run out of something, or the client gave up first.
-func isTemporary(err error) bool {
-	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
-}
-
 // serveConn serves nc, which has passed the gate as a, to its end.
 func (s *Server) serveConn(ctx context.Context, nc net.Conn, a *attempt) {
 	defer nc.Close()
@@ -178,7 +169,7 @@ func (s *Server) serveConn(ctx context.Context, nc net.Conn, a *attempt) {
 	defer context.AfterFunc(ctx, func() { nc.Close() })()
 
 	log := s.log.With("remote", nc.RemoteAddr().String())
-	heard := &timedConn{Conn: nc}
+	heard := &timedConn{Conn: nc, start: time.Now()}
 	client := newClientConn(heard)
 	defer client.drain()
 	conn, channels, requests, err := s.handshake(heard, client)
@@ -264,9 +255,9 @@ func (s *Server) watchKeys(ctx context.Context) {
 		if len(conns) == 0 {
 			continue
 		}
-		lines := s.keys.current()
+		_, known := s.keys.current()
 		for _, c := range conns {
-			c.checkKey(lines)
+			c.checkKey(known)
 		}
 	}
 }

@@ -245,6 +245,7 @@ func newTestServer(t *testing.T, change ...func(*Server)) *testServer {
 	if err := os.Chmod(ts.dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	t.Setenv("HOME", ts.dir) // what is above it doesn't make the keys there unsafe
 	ts.ident, ts.signer = ts.newKey("id")
 	ts.keyFile = filepath.Join(ts.dir, "authorized_keys")
 	ts.authorize(string(ssh.MarshalAuthorizedKey(ts.signer.PublicKey())))
@@ -312,10 +313,15 @@ func (ts *testServer) newKey(name string) (path string, signer ssh.Signer) {
 	return path, signer
 }
 
-// authorize makes text the file of authorized keys.
+// authorize makes text the file of authorized keys, at once: a server that finds half of it ends connections.
 func (ts *testServer) authorize(text string) {
 	ts.t.Helper()
-	if err := os.WriteFile(ts.keyFile, []byte(text), 0o600); err != nil {
+	whole := ts.keyFile + ".new"
+	err := os.WriteFile(whole, []byte(text), 0o600)
+	if err == nil {
+		err = os.Rename(whole, ts.keyFile)
+	}
+	if err != nil {
 		ts.t.Fatal(err)
 	}
 }
@@ -377,21 +383,6 @@ func (ts *testServer) mustDial(user string) *ssh.Client {
 	}
 	ts.t.Cleanup(func() { c.Close() })
 	return c
-}
-
-// dialRaw logs in and leaves the server's channels and requests to the caller.
-func (ts *testServer) dialRaw(user string) (ssh.Conn, <-chan ssh.NewChannel, <-chan *ssh.Request) {
-	ts.t.Helper()
-	nc, err := net.Dial("tcp", ts.addr)
-	if err != nil {
-		ts.t.Fatal(err)
-	}
-	ts.t.Cleanup(func() { nc.Close() })
-	conn, channels, requests, err := ssh.NewClientConn(nc, ts.addr, clientConfig(user, ts.signer))
-	if err != nil {
-		ts.t.Fatal(err)
-	}
-	return conn, channels, requests
 }
 
 // startOn runs a script on a new channel of conn, whose requests are left to the caller.
