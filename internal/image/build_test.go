@@ -104,7 +104,7 @@ func TestBuildPresets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c := cfg.Config; c.User != "shed" || c.WorkingDir != "/home/shed" || !strings.Contains(strings.Join(c.Env, " "), "LANG=C.UTF-8") || len(cfg.History) != 3 {
+	if c := cfg.Config; c.User != "" || c.WorkingDir != "/home/shed" || !strings.Contains(strings.Join(c.Env, " "), "LANG=C.UTF-8") || len(cfg.History) != 3 {
 		t.Errorf("the configuration is %+v", cfg)
 	}
 	checkBase(t, paths[0])

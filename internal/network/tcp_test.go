@@ -229,6 +229,9 @@ func TestTCPSamePort(t *testing.T) {
 	for range 3 {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		c, err := gonet.DialTCPWithBind(ctx, g.stack, from, to, ipv4.ProtocolNumber)
+		for err != nil && strings.Contains(err.Error(), "refused") { // in the moment in which the old one ends
+			c, err = gonet.DialTCPWithBind(ctx, g.stack, from, to, ipv4.ProtocolNumber)
+		}
 		cancel()
 		if err != nil {
 			t.Fatal(err)

@@ -136,14 +136,16 @@ func TestKeptTwoClients(t *testing.T) {
 	}
 }
 
+// socketOf returns the socket of a session of newSessionShed's.
 func socketOf(t *testing.T, c *agent.Client, name string) string {
 	t.Helper()
-	p := start(t, c, shed.Command{Args: []string{"sh", "-c", `tr '\0' '\n' </proc/$(pgrep -f "^shed-session keep .* ` + name + `$" | tail -n 1)/cmdline`}})
-	lines := strings.Split(finish(t, p).stdout, "\n")
-	if len(lines) < 4 {
-		t.Fatalf("%q", lines)
+	p := start(t, c, shed.Command{Args: []string{"sh", "-c", `printf %s "$TMUX_TMPDIR"`}})
+	dirs := filepath.Dir(finish(t, p).stdout) // all of this test's
+	sockets, err := filepath.Glob(filepath.Join(dirs, "*", "sessions-*", name))
+	if err != nil || len(sockets) != 1 {
+		t.Fatalf("sockets of session %s: %q, %v", name, sockets, err)
 	}
-	return filepath.Join(lines[2], lines[3])
+	return sockets[0]
 }
 
 // A session is ended with all that runs in it, be it deaf to the end of a terminal.

@@ -33,7 +33,12 @@ func (s *suite) starterKilled(t *testing.T) {
 		}
 		ended := make(chan error, 1)
 		go func() { ended <- starter.Wait() }()
-		for len(usersOf(t, dir, starter.Process.Pid)) == 0 {
+		// A child that has not become the monitor yet is none: package os makes one to try whether there are pidfds.
+		isMonitor := func(pid int) bool {
+			program, err := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe")
+			return err == nil && program != starter.Path
+		}
+		for !slices.ContainsFunc(usersOf(t, dir, starter.Process.Pid), isMonitor) {
 			select {
 			case err := <-ended:
 				t.Fatalf("the starter ended, and there was no monitor: %v", err)
